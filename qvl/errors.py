@@ -1,0 +1,15 @@
+"""Errors that are the user's to mend: printed as one message, without a traceback."""
+
+
+class UserError(ValueError):
+    """Something in the command line, the configuration or the data has to be changed by the user.
+
+    The message says what is wrong, where (file, line, key or row) and what to do about it.
+    """
+
+
+class Terminated(SystemExit):
+    """SIGTERM was received: what is open is saved and closed, then the process exits with 143 (128 + 15)."""
+
+    def __init__(self) -> None:
+        super().__init__(143)

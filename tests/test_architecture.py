@@ -1,0 +1,103 @@
+"""Who may import whom, and what importing costs."""
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+IMPORT_LIMIT_SECONDS = 0.3
+
+
+def modules_below(project: Path, *folders: str) -> list[Path]:
+    found = [path for folder in folders for path in sorted((project / folder).rglob("*.py"))]
+    assert found, f"no Python files in {folders}"
+    return found
+
+
+def imported_packages(nodes: Iterable[ast.AST]) -> set[str]:
+    """The top-level packages named by import statements among `nodes`."""
+    packages: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            packages |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            packages.add(str(node.module).split(".")[0])
+    return packages
+
+
+def everywhere_in(path: Path) -> set[str]:
+    return imported_packages(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def at_import_of(path: Path) -> set[str]:
+    """Packages imported outside functions and outside `if TYPE_CHECKING`."""
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    reached: list[ast.AST] = []
+    while waiting:
+        node = waiting.pop()
+        reached.append(node)
+        is_for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        if not is_for_types and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            waiting += ast.iter_child_nodes(node)
+    return imported_packages(reached)
+
+
+def test_qvl_imports_neither_ray_nor_what_stands_above_it(project: Path) -> None:
+    offenders = {
+        path.name: wrong
+        for path in modules_below(project, "qvl")
+        if (wrong := everywhere_in(path) & {"ray", "recipes", "ray_jobs"})
+    }
+    assert offenders == {}
+
+
+def test_recipes_import_only_the_standard_library_and_qvl(project: Path) -> None:
+    allowed = set(sys.stdlib_module_names) | {"qvl"}
+    offenders = {
+        path.name: wrong for path in modules_below(project, "recipes") if (wrong := everywhere_in(path) - allowed)
+    }
+    assert offenders == {}
+
+
+def test_ray_is_imported_below_ray_jobs_only(project: Path) -> None:
+    offenders = [
+        path.name for path in modules_below(project, "qvl", "recipes", "tests") if "ray" in everywhere_in(path)
+    ]
+    assert offenders == []
+
+
+def test_mlflow_is_imported_inside_functions_only(project: Path) -> None:
+    assert [path.name for path in modules_below(project, "qvl") if "mlflow" in at_import_of(path)] == []
+
+
+def test_importing_qvl_is_fast(project: Path) -> None:
+    def seconds_to_run(code: str) -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=project)
+        return time.perf_counter() - start
+
+    # The interpreter's own start is not ours; the best of three is what the import costs on an idle machine.
+    assert min(seconds_to_run("import qvl") - seconds_to_run("pass") for _ in range(3)) < IMPORT_LIMIT_SECONDS
+
+
+@pytest.mark.parametrize("folder", ["recipes", "ray_jobs"])
+def test_importing_a_recipe_starts_nothing(project: Path, folder: str) -> None:
+    code = (
+        "import importlib.util, sys\n"
+        "spec = importlib.util.spec_from_file_location('recipe', sys.argv[1])\n"
+        "spec.loader.exec_module(importlib.util.module_from_spec(spec))\n"
+        "heavy = {'torch', 'transformers', 'trl', 'mlflow', 'ray', 'datasets'} & set(sys.modules)\n"
+        "sys.exit(f'imports {heavy}' if heavy else 0)\n"
+    )
+    paths = sorted((project / folder).glob("*.py"))
+    if not paths:
+        pytest.skip(f"nothing in {folder}/ yet")
+    for path in paths:
+        finished = subprocess.run(
+            [sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=project, check=False
+        )
+        assert finished.returncode == 0, f"{path.name}: {finished.stderr}"
