@@ -1,0 +1,287 @@
+"""Where rows come from: local JSON lines, the embedded scenes, or a hub data set."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qvl.data_config import DataConfig
+from qvl.errors import UserError
+from qvl.image_refs import TableImage, cache_folder
+from qvl.rows import RowError
+
+SCENES = "qvl/scenes"
+# Enough to show a gain from training on a laptop, and drawn in a few seconds.
+NUM_SCENES_TO_TRAIN = 1000
+NUM_SCENES_TO_EVALUATE = 200
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """A row that has not been read yet.
+
+    Attributes:
+        where: file and line, or data set, split and row: for messages.
+        default_id: the id of a row that has none of its own.
+        load: reads the row; raises RowError when it is no JSON.
+        split: the split it belongs to; "" in a source without splits.
+        row: its index in a table.
+        path: its JSONL file, absolute; None in a table.
+        offset: the byte where its line starts.
+    """
+
+    where: str
+    default_id: str
+    load: Callable[[], Any]
+    split: str
+    row: int = 0
+    path: Path | None = None
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened data set.
+
+    Attributes:
+        name: as given.
+        splits: number of rows of each split; the one name "" when the source has no splits.
+        rows_of: the rows of a split, in file order.
+        tables: hub tables by split, images undecoded; empty for local files.
+        revision: the hub commit, if known.
+    """
+
+    name: str
+    splits: dict[str, int]
+    rows_of: Callable[[str], Iterator[RawRow]]
+    tables: dict[str, Any] = field(default_factory=dict)
+    revision: str | None = None
+
+
+def open_source(config: DataConfig) -> Source:
+    """Opens `config.dataset_name`; reads no rows beyond what is needed to know the splits.
+
+    Raises:
+        UserError: it does not exist, cannot be reached, or holds nothing that looks like rows.
+    """
+    name = config.dataset_name
+    if name == SCENES:
+        return _open_files(name, _scenes_folder(config))
+    path = Path(os.path.abspath(Path(name).expanduser()))
+    if path.exists():
+        return _open_files(name, path)
+    if name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".json")) or name.count("/") > 1:
+        raise UserError(f"--dataset_name {name}: there is no such file or folder; correct the path.")
+    return _open_hub(config)
+
+
+def _scenes_folder(config: DataConfig) -> Path:
+    import qvl.scenes
+
+    num_train = config.num_train_examples or NUM_SCENES_TO_TRAIN
+    num_eval = config.num_eval_examples or NUM_SCENES_TO_EVALUATE
+    # Scenes drawn by another version of the generator are other data, so its source is part of the name.
+    version = hashlib.sha256(Path(qvl.scenes.__file__).read_bytes()).hexdigest()[:12]
+    folder = cache_folder() / f"scenes-{version}-{num_train}-{num_eval}-{config.seed}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return Path(qvl.scenes.write_scenes(folder, num_train, num_eval, config.seed))
+    except OSError as error:
+        raise UserError(f"the cache folder cannot be written ({error}): set XDG_CACHE_HOME to one that can.") from error
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line that is not blank: its file, number (from 1), byte offset, and the split its row names, if any."""
+
+    path: Path
+    number: int
+    offset: int
+    split: str | None
+
+
+def _open_files(name: str, path: Path) -> Source:
+    if path.is_dir() and not (path / "captions.jsonl").is_file():
+        files = sorted(path.glob("*.jsonl"))
+        if len(files) == 1:
+            return _open_files(name, files[0])
+        if not files:
+            held = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
+            raise UserError(
+                f"--dataset_name {name}: the folder has no captions.jsonl and no <split>.jsonl; it holds {held}."
+                " Write one JSON object a line into one of those."
+            )
+        return _file_source(name, {file.stem: _index_lines(file) for file in files}, named_in_rows=False)
+    lines = _index_lines(path / "captions.jsonl" if path.is_dir() else path)
+    named = list(dict.fromkeys(line.split for line in lines if line.split is not None))
+    if not named:
+        return _file_source(name, {"": lines}, named_in_rows=False)
+    # A line that names no split is reported whichever split is read.
+    by_split = {split: [line for line in lines if line.split in (split, None)] for split in named}
+    return _file_source(name, by_split, named_in_rows=True)
+
+
+def _file_source(name: str, lines: dict[str, list[_Line]], named_in_rows: bool) -> Source:
+    def rows_of(split: str) -> Iterator[RawRow]:
+        for line in lines[split]:
+            yield RawRow(
+                where=f"{line.path.name}:{line.number}",
+                default_id=f"{line.path.stem}-{line.number}",
+                load=partial(_read_line, line, named_in_rows),
+                split=split,
+                path=line.path,
+                offset=line.offset,
+            )
+
+    return Source(name, {split: len(held) for split, held in lines.items()}, rows_of)
+
+
+def _index_lines(path: Path) -> list[_Line]:
+    """All lines that are not blank.
+
+    Raises:
+        UserError: the file is empty, UTF-16, a JSON array, or cannot be read.
+    """
+    found = []
+    try:
+        with open(path, "rb") as file:
+            offset = 0
+            for number, text in enumerate(file, start=1):
+                if number == 1:
+                    _refuse_other_formats(path, text)
+                if text.removeprefix(_BOM).strip():
+                    found.append(_Line(path, number, offset, _split_of(text)))
+                offset += len(text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
+    if not found:
+        raise UserError(f"{path}: the file is empty; write one JSON object a line.")
+    return found
+
+
+def _refuse_other_formats(path: Path, first_line: bytes) -> None:
+    if first_line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path.name}:1: is UTF-16; save it as UTF-8 (`iconv -f utf-16 -t utf-8`).")
+    if first_line.removeprefix(_BOM).lstrip().startswith(b"[") or path.suffix == ".json":
+        raise UserError(
+            f"{path.name}:1: is JSON, not JSON lines; write one object a line"
+            f" (`jq -c '.[]' {path.name} > {path.stem}.jsonl`)."
+        )
+
+
+def _split_of(text: bytes) -> str | None:
+    if b'"split"' not in text:  # spares most files a second parse of every line
+        return None
+    try:
+        row = json.loads(text.removeprefix(_BOM))
+    except (ValueError, RecursionError):
+        return None  # reported with its line when the rows are read
+    split = row.get("split") if isinstance(row, dict) else None
+    return split if isinstance(split, str) else None
+
+
+def _read_line(line: _Line, needs_split: bool) -> Any:
+    with open(line.path, "rb") as file:
+        file.seek(line.offset)
+        text = file.readline().removeprefix(_BOM)
+    try:
+        row = json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RowError(
+            f"is not UTF-8 (byte {error.start} of the line is {text[error.start]:#x}): save the file as UTF-8"
+            " (`iconv -f latin1 -t utf-8`)"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise RowError(f"is no valid JSON ({error.msg} at column {error.colno}): correct the line") from error
+    except RecursionError as error:
+        raise RowError("is nested too deeply: write a plain row") from error
+    if needs_split and line.split is None:
+        raise RowError('has no text under "split", other rows of the file have: add it')
+    return row
+
+
+def _open_hub(config: DataConfig) -> Source:
+    tables = {split: undecoded(table) for split, table in _load_from_hub(config).items()}
+    return table_source(config.dataset_name, tables)
+
+
+def table_source(name: str, tables: dict[str, Any]) -> Source:
+    """A source over `datasets.Dataset` tables by split, opened with `decode=False`."""
+
+    def rows_of(split: str) -> Iterator[RawRow]:
+        for row in range(len(tables[split])):
+            load = partial(_read_table_row, name, tables[split], split, row)
+            yield RawRow(f"{name} {split} row {row}", f"{split}-{row}", load, split, row)
+
+    splits = {split: len(table) for split, table in tables.items()}
+    return Source(name, splits, rows_of, tables, _revision(tables))
+
+
+def undecoded(table: Any) -> Any:
+    """The same `datasets.Dataset` with its image columns as stored bytes."""
+    import datasets
+
+    for column, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(column, datasets.Image(decode=False))
+        elif isinstance(feature, datasets.Video):
+            table = table.cast_column(column, datasets.Video(decode=False))
+        elif _is_image_list(feature):
+            table = table.cast_column(column, datasets.List(datasets.Image(decode=False)))
+    return table
+
+
+def _is_image_list(feature: Any) -> bool:
+    import datasets
+
+    return isinstance(getattr(feature, "feature", None), datasets.Image)
+
+
+def _read_table_row(name: str, table: Any, split: str, row: int) -> dict[str, Any]:
+    """A table's row with references in the place of its images."""
+    import datasets
+
+    values = dict(table[row])
+    label = f"{name} {split}/{row}"
+    for column, feature in table.features.items():
+        if isinstance(feature, datasets.Video) and values[column] is not None:
+            raise RowError(f'column "{column}" holds a video, and videos are not supported: extract frames as images')
+        if isinstance(feature, datasets.Image) and values[column] is not None:
+            values[column] = TableImage(label, split, row, column, None)
+        elif _is_image_list(feature) and values[column] is not None:
+            count = len(values[column])
+            values[column] = [TableImage(f"{label}#{i}", split, row, column, i) for i in range(count)]
+    return values
+
+
+def _revision(tables: dict[str, Any]) -> str | None:
+    for table in tables.values():
+        for url in table.info.download_checksums or {}:
+            commit = re.search(r"@([0-9a-f]{40})/", url)
+            if commit:
+                return commit[1]
+    return None
+
+
+def _load_from_hub(config: DataConfig) -> dict[str, Any]:
+    import datasets
+
+    name = config.dataset_name
+    try:
+        loaded = datasets.load_dataset(name, config.dataset_config, revision=config.dataset_revision)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if isinstance(error, ValueError) and "onfig" in reason:  # the message lists the configurations there are
+            raise UserError(f"data set {name}: {reason} Choose with --dataset_config.") from error
+        raise UserError(
+            f"data set {name} could not be loaded ({type(error).__name__}: {reason}): check the name; if it is gated or"
+            " private, run `hf auth login` or set HF_TOKEN; if the hub cannot be reached from here, set HF_ENDPOINT to"
+            " a mirror or give a local folder."
+        ) from error
+    return dict(loaded)
