@@ -1,0 +1,161 @@
+"""The flags that are qvl's own, the upstream flags it refuses, and older scripts' flags under their present names."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from qvl.errors import UserError
+
+STAGES = ("baseline", "train", "evaluate", "report")
+OVERLONG_POLICIES = ("error", "drop", "truncate_text")
+_AT_LEAST_ONE = ("min_pixels", "max_pixels", "max_new_tokens")
+_SAMPLING = ("temperature", "top_p", "top_k")
+
+
+@dataclass
+class RecipeArguments:
+    """What a recipe needs beyond `trl.SFTConfig` and `trl.ModelConfig`.
+
+    The `dataset_*` names are those of `trl.ScriptArguments`, sampling names those of `transformers.GenerationConfig`.
+    """
+
+    stages: list[str] = field(
+        default_factory=lambda: list(STAGES),
+        metadata={"help": "Stages to run, in their natural order.", "choices": list(STAGES)},
+    )
+    smoke: bool = field(
+        default=False, metadata={"help": "Tiny embedded model and generated scenes: CPU, no network, two minutes."}
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Resolve everything, survey the data, write settings.yaml, load no weights, stop."},
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, folder with captions.jsonl, JSONL file, or qvl/scenes."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "`name` argument of datasets.load_dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the hub data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    num_train_examples: int | None = field(default=None, metadata={"help": "Images to train on; none means all."})
+    num_eval_examples: int | None = field(default=None, metadata={"help": "Images to evaluate on; none means all."})
+    image_column: str = field(default="image", metadata={"help": "Column of the image in caption data sets."})
+    caption_columns: list[str] = field(
+        default_factory=lambda: [f"caption_{i}" for i in range(5)],
+        metadata={"help": "Columns of the captions; all of them are references, the first ones are trained on."},
+    )
+    captions_per_image: int = field(default=1, metadata={"help": "How many captions of an image to train on."})
+    instruction: str = field(
+        default="Describe the image in one sentence.", metadata={"help": "User turn of caption rows."}
+    )
+    min_pixels: int | None = field(default=None, metadata={"help": "Least pixels of an image after resizing."})
+    max_pixels: int | None = field(default=None, metadata={"help": "Most pixels of an image after resizing."})
+    overlong: str = field(
+        default="error",
+        metadata={
+            "help": "Rows longer than max_length. Image tokens are never cut.",
+            "choices": list(OVERLONG_POLICIES),
+        },
+    )
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Go on without unusable rows and count them."})
+    allow_remote_images: bool = field(default=False, metadata={"help": "Fetch images named by an http(s) URL."})
+    allow_outside_images: bool = field(default=False, metadata={"help": "Let `..` paths leave the data folder."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest generated answer."})
+    do_sample: bool = field(default=False, metadata={"help": "Sample instead of greedy decoding."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling mass."})
+    top_k: int = field(default=50, metadata={"help": "Sample among the k likeliest tokens."})
+    adapter: str | None = field(default=None, metadata={"help": "Start from (or evaluate) this adapter folder."})
+    keep_checkpoints: bool = field(default=False, metadata={"help": "Keep checkpoints/ once the run is done."})
+
+    def __post_init__(self) -> None:
+        self.stages = [stage for stage in STAGES if stage in self.stages]
+        if not self.stages:
+            raise UserError(f"--stages is empty: name some of {', '.join(STAGES)}.")
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value}: it has to be at least 1.")
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise UserError("--temperature has to be above 0, --top_p above 0 and up to 1. Greedy: no --do_sample.")
+        for item in fields(self):
+            if item.name in _SAMPLING and not self.do_sample and getattr(self, item.name) != item.default:
+                raise UserError(f"--{item.name} has no effect without --do_sample: add it, or leave --{item.name} out.")
+
+
+_HUB = "qvl pushes nothing by itself: look at the report first, then `hf upload USER/NAME RUN_FOLDER/adapter`"
+_STAGES = "the stages decide what runs: --stages baseline train evaluate report"
+_PACKING = "rows with images cannot be packed or flattened by TRL, and a batch has to mean the same in every recipe"
+_LOGITS = "the scores come from generated text; the trainer computes the held-out loss and keeps no logits"
+_PREPARATION = "qvl turns rows into examples itself, see --dataset_name"
+_LIGER = "deprecated upstream: use --model_init_kwargs '{\"use_kernels\": true}'"
+
+# Upstream flags that qvl cannot honour, with the reason a user reads. A test walks every field of SFTConfig and
+# ModelConfig: each either reaches the trainer or the model with the value given, or stands here.
+REFUSED: dict[str, str] = {
+    "do_train": _STAGES,
+    "do_eval": _STAGES,
+    "do_predict": _STAGES,
+    "push_to_hub": _HUB,
+    "hub_model_id": _HUB,
+    "hub_strategy": _HUB,
+    "hub_private_repo": _HUB,
+    "hub_always_push": _HUB,
+    "hub_revision": _HUB,
+    "hub_token": "a token on a command line can be read by every process: set HF_TOKEN or run `hf auth login`",
+    "packing": _PACKING,
+    "packing_strategy": _PACKING,
+    "eval_packing": _PACKING,
+    "padding_free": _PACKING,
+    "pad_to_multiple_of": "TRL has it for text only, and its vision collator refuses it with prompts and completions",
+    "dataset_text_field": "plain text rows have no answer to train on; accepted rows are listed in the README",
+    "dataset_kwargs": _PREPARATION,
+    "dataset_num_proc": "rows are prepared lazily, in the data loader: use --dataloader_num_workers",
+    "shuffle_dataset": "the trainer's sampler already shuffles with --seed (or --data_seed)",
+    "truncation_mode": "images must never be cut: use --overlong error|drop|truncate_text",
+    "eos_token": "the chat template's end token is the one that is trained and that ends generation",
+    "pad_token": "deprecated upstream, and the processors of Qwen bring theirs",
+    "use_liger_kernel": _LIGER,
+    "liger_kernel_config": _LIGER,
+    "label_smoothing_factor": "deprecated upstream: it needs a second forward pass with the full logits",
+    "auto_find_batch_size": "a batch size found by trial differs between machines, so results would not compare",
+    "remove_unused_columns": "it would remove the columns that examples are made of",
+    "train_sampling_strategy": "the trainer wants a column of lengths, and only the processor knows the visual tokens",
+    "length_column_name": "it belongs to train_sampling_strategy, which is refused",
+    "enable_jit_checkpoint": "SIGTERM already saves a checkpoint",
+    "prediction_loss_only": _LOGITS,
+    "include_for_metrics": _LOGITS,
+    "batch_eval_metrics": _LOGITS,
+    "eval_accumulation_steps": _LOGITS,
+    "eval_do_concat_batches": _LOGITS,
+    "eval_use_gather_object": _LOGITS,
+    "label_names": "the collator names its labels `labels`",
+    "bf16_full_eval": "it casts the adapters for good and training would go on with them: use --bf16",
+    "fp16_full_eval": "it casts the adapters for good and training would go on with them: use --fp16",
+    "logging_nan_inf_filter": "a NaN logged as the average of earlier losses cannot be seen: it is always off here",
+    "include_num_input_tokens_seen": "the log counts them already, as num_tokens",
+    "parallelism_config": "it cannot be written on a command line, and a run has one GPU",
+    "use_cache": "SFTTrainer never keeps a cache; generation always does",
+    "lora_task_type": "Qwen models are causal language models",
+    "lora_target_parameters": "adapters are placed by module path, which parameters do not have",
+}
+
+# Values that are refused although the flag as such is taken.
+REFUSED_VALUES: dict[tuple[str, Any], str] = {
+    ("completion_only_loss", False): "only answers are trained on; a loss on the prompt teaches the model to ask",
+    ("remove_unused_columns", True): "it would remove the columns that examples are made of",
+    ("use_peft", False): "qvl trains adapters on a frozen base",
+    ("loss_type", "chunked_nll"): "deprecated upstream: nll is computed in chunks too",
+}
+
+# Flags of the scripts that came before, under their present names. Printed in the README as well.
+RENAMED: dict[str, str] = {
+    "max_seq_length": "max_length",
+    "train_steps": "max_steps",
+    "use_qlora": "load_in_4bit",
+    "dataset_path": "dataset_name",
+    "data_path": "dataset_name",
+    "target_modules": "lora_target_modules",
+    "adapter_dir": "adapter",
+    "mode": "stages",
+    "USE_MOCK": "smoke",
+}
