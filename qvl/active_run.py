@@ -1,0 +1,86 @@
+"""What the stages of one invocation share."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from qvl import models, run_folder
+from qvl.data import DataConfig, LoadedData, load_examples
+from qvl.encode import ProcessingClass
+from qvl.errors import UserError
+from qvl.rows import RowToExample
+from qvl.settings import Settings
+from qvl.tracking import RunRecord
+
+
+@dataclass
+class Run:
+    """What the stages of one invocation share.
+
+    Attributes:
+        name: the recipe's name.
+        settings: all of them.
+        folder: the run folder.
+        data: training and evaluation examples.
+        processing_class: the model's processor, or tokenizer.
+        record: the MLflow run.
+        base: the base model once a stage has loaded it; never holds an adapter between stages.
+    """
+
+    name: str
+    settings: Settings
+    folder: Path
+    data: LoadedData
+    processing_class: ProcessingClass
+    record: RunRecord
+    base: PreTrainedModel | None = field(default=None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.settings.training.device
+
+    def load_base(self) -> PreTrainedModel:
+        """The base model, loaded by the first stage that needs it."""
+        if self.base is None:
+            print(f"Loading {self.settings.model.model_name_or_path} ...", flush=True)
+            self.base = models.load_base(self.settings, self.device)
+        return self.base
+
+    def put_metrics(self, part: str, values: dict[str, Any]) -> dict[str, Any]:
+        """Updates metrics.json and, with the same numbers, MLflow."""
+        whole = run_folder.update_metrics(self.folder, part, values)
+        self.record.log_metrics(run_folder.flat_metrics({part: whole[part]}))
+        return whole
+
+
+def load_data(settings: Settings, row_to_example: RowToExample | None) -> LoadedData:
+    """The rows the settings name, as examples.
+
+    Raises:
+        UserError: unreachable data, unknown splits or columns, bad rows.
+    """
+    flags = settings.recipe
+    if flags.dataset_name is None:
+        raise UserError("No data set is named: --dataset_name.")
+    config = DataConfig(
+        dataset_name=flags.dataset_name,
+        dataset_config=flags.dataset_config,
+        dataset_revision=flags.dataset_revision,
+        dataset_train_split=flags.dataset_train_split,
+        dataset_test_split=flags.dataset_test_split,
+        instruction=flags.instruction,
+        image_column=flags.image_column,
+        caption_columns=tuple(flags.caption_columns),
+        captions_per_image=flags.captions_per_image,
+        num_train_examples=flags.num_train_examples,
+        num_eval_examples=flags.num_eval_examples,
+        seed=settings.training.seed,
+        skip_bad_rows=flags.skip_bad_rows,
+        allow_remote_images=flags.allow_remote_images,
+        allow_outside_images=flags.allow_outside_images,
+    )
+    return load_examples(config, row_to_example)

@@ -1,0 +1,74 @@
+"""What --dry_run shows: settings, model, rows and tokens, without loading a weight."""
+
+from pathlib import Path
+from typing import Any
+
+from qvl.active_run import load_data
+from qvl.data import LoadedData, separate_completions
+from qvl.encode import ProcessingClass
+from qvl.errors import UserError
+from qvl.files import write_text_atomically
+from qvl.models import language_model_path, load_config, load_processing_class, lora_config, skeleton
+from qvl.rows import RowToExample
+from qvl.settings import Settings
+from qvl.survey import describe_lengths, training_lengths
+
+
+def dry_run(settings: Settings, row_to_example: RowToExample | None, folder: Path) -> None:
+    """Prints what a run would be. What cannot be looked at without a network is said and passed over.
+
+    Args:
+        settings: of the run.
+        row_to_example: the recipe's own piece.
+        folder: gets settings.yaml, to edit and feed back.
+
+    Raises:
+        UserError: bad rows, or flags that do not fit the model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    print("\n" + settings.to_yaml().partition("\n\n")[0])
+    processing_class = None
+    try:
+        config = load_config(settings)
+        processing_class = load_processing_class(settings)
+        print("\n" + "\n".join(_describe_model(settings, config, processing_class)))
+    except UserError as error:
+        print(f"\nModel not looked at: {error}")
+    try:
+        data = load_data(settings, row_to_example)
+        print("\n" + "\n".join(data.summary.lines()))
+        if processing_class is not None:
+            print("\n".join(_describe_rows(data, settings, processing_class)))
+    except UserError as error:
+        if not _is_network(error):
+            raise
+        print(f"\nData not looked at: {error}")
+    path = folder / "settings.yaml"
+    write_text_atomically(path, settings.to_yaml(for_any_machine=True))
+    print(f"\nNothing was loaded or trained. Settings to edit and feed back with --config: {path}")
+
+
+def _describe_model(settings: Settings, config: Any, processing_class: ProcessingClass) -> list[str]:
+    empty = skeleton(config)
+    pattern = lora_config(empty, settings).target_modules
+    count = sum(parameter.numel() for parameter in empty.parameters())
+    quantized = ", language model in 4-bit" if settings.model.load_in_4bit else ""
+    size = getattr(getattr(processing_class, "image_processor", None), "size", None)
+    lines = [
+        f"model {settings.model.model_name_or_path}: {type(empty).__name__}",
+        f"  {count:,} parameters, {settings.model.dtype}{quantized}",
+        f"  language model at {language_model_path(empty)}, LoRA on {pattern}",
+    ]
+    return [*lines, f"  images resized to {dict(size)} pixels"] if size else lines
+
+
+def _describe_rows(data: LoadedData, settings: Settings, processing_class: ProcessingClass) -> list[str]:
+    lengths = training_lengths(separate_completions(data.train), processing_class)
+    limit = settings.training.max_length
+    num_long = sum(row.num_tokens > limit for row in lengths) if limit else 0
+    lines = describe_lengths(lengths)
+    return [*lines, f"  longer than --max_length {limit}: {num_long} rows (--overlong {settings.recipe.overlong})"]
+
+
+def _is_network(error: UserError) -> bool:
+    return "HF_ENDPOINT" in str(error)

@@ -1,0 +1,247 @@
+"""What a recipe is, and what happens when its file is run.
+
+A recipe names its defaults and says how a row becomes an example; this module resolves the settings, opens the run
+record, runs the stages and prints the outcome. Heavy imports wait until a run is certain, so that importing a recipe
+costs nothing.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from qvl.errors import Terminated, UserError
+
+if TYPE_CHECKING:
+    from qvl.active_run import Run
+    from qvl.data import LoadedData
+    from qvl.data_config import DataConfig
+    from qvl.settings import Settings
+
+RowToExample = Callable[[dict[str, Any], "DataConfig"], dict[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An experiment.
+
+    Attributes:
+        name: names the folder of its runs and its MLflow experiment.
+        defaults: flags by name; everything that decides the result.
+        smoke: flags that --smoke puts over them: a tiny model and data, nothing else.
+        row_to_example: how a row of its data set becomes an example; None where the rows are of a standard format.
+    """
+
+    name: str
+    defaults: Mapping[str, Any]
+    smoke: Mapping[str, Any] = field(default_factory=dict)
+    row_to_example: RowToExample | None = None
+
+
+def main(recipe: Recipe, argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a recipe from the command line and exits: 0 done, 2 a mistake to mend, 130 Ctrl-C, 143 SIGTERM."""
+    try:
+        run(recipe, argv=sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"\n{error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nInterrupted; the run is marked KILLED.", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def run(recipe: Recipe, overrides: Mapping[str, Any] | None = None, argv: Sequence[str] = ()) -> dict[str, float]:
+    """Runs a recipe; the one entry that the command line and a sweep share.
+
+    Args:
+        recipe: the experiment.
+        overrides: flags by name, above everything else.
+        argv: command line without the program's name.
+
+    Returns:
+        The run's numbers by their MLflow names, such as `finetuned_bleu4`; empty for --dry_run.
+
+    Raises:
+        UserError: something the user has to change.
+        Terminated: SIGTERM came; what was open has been saved and closed.
+    """
+    start = time.perf_counter()
+    _quieten_and_tame_libraries()
+    print(f"{recipe.name}: loading torch, transformers and trl ...", flush=True)
+    from qvl import run_folder
+
+    settings, folder = _resolve(recipe, overrides or {}, argv)
+    if settings.recipe.dry_run:
+        from qvl.dry_run import dry_run
+
+        dry_run(settings, recipe.row_to_example, folder if settings.output_dir else folder.parent / "dry_run")
+        return {}
+    run_folder.prepare(folder)
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _run_stages(recipe, settings, folder, start)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        run_folder.remove_if_empty(folder)
+
+
+def _resolve(recipe: Recipe, overrides: Mapping[str, Any], argv: Sequence[str]) -> tuple["Settings", Path]:
+    """Settings and run folder. Stages that continue a run start from that run's own settings."""
+    import yaml
+
+    from qvl.run_folder import choose_run_folder
+    from qvl.settings import parse_settings
+
+    prog = Path(sys.argv[0]).name
+    settings = parse_settings(recipe.defaults, recipe.smoke, argv, overrides, prog)
+    first = settings.recipe.stages[0] if settings.recipe.stages else None
+    resumes = settings.training.resume_from_checkpoint
+    continues = bool(resumes) or first == "report" or (first == "evaluate" and settings.recipe.adapter is None)
+    output_dir = settings.output_dir
+    if resumes and resumes.lower() != "true" and output_dir is None:
+        # RUN/checkpoints/checkpoint-7
+        output_dir = str(Path(resumes).parent.parent)
+    folder = choose_run_folder(recipe.name, output_dir, settings.training.run_name, continues)
+    left = folder / "settings.yaml"
+    if continues and left.is_file() and not settings.recipe.dry_run:
+        own = yaml.safe_load(left.read_text(encoding="utf-8"))
+        print(f"Continuing {folder} with its settings.yaml; flags given now go above it.")
+        settings = parse_settings({**recipe.defaults, **own}, {}, argv, overrides, prog)
+    return settings, folder
+
+
+def _run_stages(recipe: Recipe, settings: "Settings", folder: Path, start: float) -> dict[str, float]:
+    from qvl import run_folder
+    from qvl.active_run import Run, load_data
+    from qvl.files import write_text_atomically
+    from qvl.models import load_config, load_processing_class, require_adapter
+    from qvl.report import comparison_table
+    from qvl.tracking import open_run
+    from qvl.trainer import require_loss_for
+
+    resumes = settings.training.resume_from_checkpoint
+    resume_from = run_folder.find_checkpoint(folder, resumes) if resumes else None
+    if "train" in settings.recipe.stages:
+        require_loss_for(settings.training.device)
+    config = load_config(settings)
+    adapter = _adapter_to_use(settings, folder)
+    if "evaluate" in settings.recipe.stages and "train" not in settings.recipe.stages and adapter is None:
+        raise UserError(f"{folder} holds no adapter yet: run --stages train first, or name one with --adapter DIR.")
+    if adapter is not None:
+        require_adapter(adapter)
+    processing_class = load_processing_class(settings, adapter)
+    data = load_data(settings, recipe.row_to_example)
+    print("\n".join(data.summary.lines()), flush=True)
+    print(f"Run folder: {folder}", flush=True)
+    params = _params(settings, data, getattr(config, "_commit_hash", None))
+    with open_run(recipe.name, folder, params, store_dir=_store_dir(folder)) as record:
+        # Not before MLflow is reached: a run that never began should not be the newest one to continue.
+        write_text_atomically(folder / "settings.yaml", settings.to_yaml())
+        active = Run(recipe.name, settings, folder, data, processing_class, record)
+        try:
+            for stage in settings.recipe.stages:
+                _run_stage(active, stage, resume_from)
+        finally:
+            record.log_metrics({"total_seconds": time.perf_counter() - start})
+            record.log_files(folder)
+        metrics_file = folder / "metrics.json"
+        metrics = json.loads(metrics_file.read_text(encoding="utf-8")) if metrics_file.is_file() else {}
+    print("\n" + comparison_table(metrics))
+    print(f"\nRun folder:  {folder}")
+    if (folder / "report.html").is_file():
+        print(f"Report:      {folder / 'report.html'}")
+    print(f"MLflow UI:   {record.ui_command}")
+    print(f"Took {time.perf_counter() - start:.0f} s")
+    return run_folder.flat_metrics(metrics)
+
+
+def _run_stage(active: "Run", stage: str, resume_from: Path | None) -> None:
+    from qvl import evaluate_stages, train_stage
+
+    print(f"\n== {stage} ==", flush=True)
+    if stage == "baseline":
+        if resume_from is not None and (active.folder / "baseline_predictions.jsonl").is_file():
+            print("Kept: baseline_predictions.jsonl is there from before the interruption.")
+            return
+        evaluate_stages.baseline(active)
+    elif stage == "train":
+        train_stage.train_adapter(active, resume_from)
+    elif stage == "evaluate":
+        evaluate_stages.evaluate(active)
+    else:
+        evaluate_stages.report(active)
+
+
+def _adapter_to_use(settings: "Settings", folder: Path) -> Path | None:
+    """An adapter that exists before this run; its processor has the template and pixel budget to go on with."""
+    if settings.recipe.adapter is not None:
+        return Path(settings.recipe.adapter)
+    own = folder / "adapter"
+    return own if own.is_dir() and "train" not in settings.recipe.stages else None
+
+
+def _store_dir(folder: Path) -> Path:
+    """MLflow's default store: outputs/ for outputs/<recipe>/<run>, else the folder beside the run's own."""
+    from qvl.run_folder import OUTPUTS
+
+    absolute, outputs = folder.absolute(), OUTPUTS.absolute()
+    return outputs if absolute.is_relative_to(outputs) else absolute.parent
+
+
+def _params(settings: "Settings", data: "LoadedData", model_commit: str | None) -> dict[str, Any]:
+    """What defines the experiment, about thirty values: the compare view has to stay readable."""
+    import peft
+    import torch
+    import transformers
+    import trl
+
+    import qvl
+
+    known = settings.as_dict()
+    defining = {key: known[key] for key in settings.given if key in known and known[key] is not None}
+    return {
+        **defining,
+        **{key: known[key] for key in ("dtype", "bf16", "fp16")},
+        **_lora_of(settings.recipe.adapter),
+        "model_commit": model_commit,
+        "data_revision": data.summary.revision,
+        "data_fingerprint": data.summary.fingerprint[:16],
+        "num_train_images": len(data.train),
+        "num_eval_images": len(data.evaluation),
+        "qvl_version": qvl.__version__,
+        **{f"{module.__name__}_version": module.__version__ for module in (torch, transformers, trl, peft)},
+    }
+
+
+def _lora_of(adapter: str | None) -> dict[str, Any]:
+    """LoRA settings of an adapter that is trained further or scored: its own count, whatever the flags say."""
+    if adapter is None:
+        return {}
+    config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+    return {"lora_r": config["r"], "lora_alpha": config["lora_alpha"], "lora_dropout": config["lora_dropout"]}
+
+
+def _quieten_and_tame_libraries() -> None:
+    """Settings that have to be made before the libraries are imported; the user's own values stay."""
+    # Thread pools inside forked data loader workers deadlock; the tokenizers library warns on every fork otherwise.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # OpenMP threads spin while they wait. With anything else on the cores (workers, a browser) a CPU step of a small
+    # model then takes ten times as long: 4 s against 0.4 s for the smoke model on two busy cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # bitsandbytes asks at every import for an optional package that only speeds up 4-bit on a CPU.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Raised inside transformers by calls of peft and trl, which follow the renaming in their own time.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*gradient_checkpointing.* is deprecated")
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated

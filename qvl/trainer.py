@@ -1,0 +1,249 @@
+"""TRL's SFTTrainer with qvl's collator, honest throughput numbers, and the callbacks a long run needs."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset
+from packaging.version import Version
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from qvl.collators import CompletionCollator
+from qvl.encode import ProcessingClass
+from qvl.errors import UserError
+from qvl.memory_use import peak_gib, reset_peak
+
+# A loss scaler starts at 65,536 and halves at every overflow; below 1 it scales gradients down, into fp16's underflow.
+_SMALLEST_LOSS_SCALE = 1.0
+
+Log = Callable[[dict[str, float], int], None]
+
+
+class CompletionTrainer(SFTTrainer):
+    """SFTTrainer that also logs samples/s, tokens/s, the data-wait share of the time and peak GiB.
+
+    The loss, the step and everything else is upstream's.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # Qwen-VL models declare that they take no `num_items_in_batch`, which makes Trainer average the losses of
+        # micro-batches whatever their token counts: 4 x 1 and 1 x 4 then differ by a third. SFTTrainer's loss takes it.
+        self.model_accepts_loss_kwargs = True
+        self._interval_start = time.perf_counter()
+        self._interval_wait_seconds = 0.0
+        self._interval_samples = 0
+        self._interval_first_token = 0.0
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """Upstream's, with the time it waits for data and the samples it gets counted."""
+        start = time.perf_counter()
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._interval_wait_seconds += time.perf_counter() - start
+        self._interval_samples += sum(len(batch["input_ids"]) for batch in batches)
+        return batches, num_items
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Upstream's, with throughput since the last training log added. One process's share, times their number."""
+        if "loss" in logs:
+            seconds = time.perf_counter() - self._interval_start
+            num_tokens = float(self._total_train_tokens)
+            logs["samples_per_second"] = self._interval_samples * self.accelerator.num_processes / seconds
+            logs["tokens_per_second"] = (num_tokens - self._interval_first_token) / seconds
+            logs["data_wait_share"] = self._interval_wait_seconds / seconds
+            logs["peak_gib"] = peak_gib()
+            self._interval_first_token = num_tokens
+            self._interval_start, self._interval_wait_seconds, self._interval_samples = time.perf_counter(), 0.0, 0
+        super().log(logs, start_time)
+
+
+class LogCallback(TrainerCallback):
+    """Hands every training log to a function, rounded to nothing, at its step."""
+
+    def __init__(self, log: Log) -> None:
+        self.sink = log
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Passes on the numbers of the main process."""
+        if logs and state.is_world_process_zero:
+            self.sink({key: value for key, value in logs.items() if isinstance(value, int | float)}, state.global_step)
+
+
+class DivergenceWatchdog(TrainerCallback):
+    """Stops a run whose loss is no number, or whose fp16 loss scaler has collapsed, and names the step.
+
+    Trainer skips such steps (fp16) or replaces the logged loss (`logging_nan_inf_filter`): a dead run looks alive.
+    """
+
+    def __init__(self, model: nn.Module, loss_scale: Callable[[], float | None]) -> None:
+        self.loss_scale = loss_scale
+        self.not_finite: torch.Tensor | None = None
+        self.hook = model.register_forward_hook(self._look)
+
+    def _look(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        log_probs = outputs.log_probs if "log_probs" in outputs else outputs.get("loss")
+        if module.training and log_probs is not None:
+            bad = ~torch.isfinite(log_probs.detach()).all()
+            self.not_finite = bad if self.not_finite is None else self.not_finite | bad
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Looks once an optimizer step, where the trainer waits for the device anyway.
+
+        Raises:
+            UserError: the run has diverged.
+        """
+        if self.not_finite is not None and bool(self.not_finite):
+            raise UserError(
+                f"Step {state.global_step}: the loss is not a number. Lower --learning_rate or --max_grad_norm; in "
+                "fp16 also try --dtype float32, or bf16 on a GPU that has it (compute capability 8.0)."
+            )
+        scale = self.loss_scale()
+        if scale is not None and scale < _SMALLEST_LOSS_SCALE:
+            raise UserError(
+                f"Step {state.global_step}: the fp16 loss scale has collapsed to {scale:g}, gradients overflow at "
+                "every step. Lower --learning_rate, or use --dtype float32 or a GPU with bf16."
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes its hook off the model, which goes on to be evaluated."""
+        self.hook.remove()
+
+
+class SaveOnTermination(TrainerCallback):
+    """SIGTERM during training: finish the step, save a checkpoint, stop. `requested` then tells."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the signal over for the time of the training."""
+        self._previous = signal.signal(signal.SIGTERM, self._request)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Asks for a checkpoint and the end."""
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gives the signal back."""
+        signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training leaves in memory.
+
+    Attributes:
+        summary: the `train` part of metrics.json.
+        terminated: SIGTERM ended it early, after a checkpoint.
+    """
+
+    summary: dict[str, float | None]
+    terminated: bool
+
+
+def require_loss_for(device: torch.device) -> None:
+    """Stops a run on a CPU with a TRL whose loss exists as a Triton kernel only.
+
+    Raises:
+        UserError: trl < 1.16 without a GPU, unless Triton's interpreter is switched on.
+    """
+    if device.type == "cpu" and Version(trl.__version__) < Version("1.16") and not os.environ.get("TRITON_INTERPRET"):
+        raise UserError(
+            f"trl {trl.__version__} computes its loss with a Triton kernel, which needs a GPU: install trl 1.16 or "
+            "newer to train on a CPU (or set TRITON_INTERPRET=1, which is slow)."
+        )
+
+
+def build_trainer(
+    model: PeftModel,
+    processing_class: ProcessingClass,
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+    args: SFTConfig,
+    collator: CompletionCollator,
+) -> CompletionTrainer:
+    """The trainer, with fp32 adapters whatever the base is.
+
+    SFTTrainer casts the adapters of a quantized base to bf16, which a GPU without bf16 cannot scale and which loses
+    updates smaller than 1/256 of a weight.
+    """
+    trainer = CompletionTrainer(
+        model=model,
+        args=args,
+        data_collator=collator,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processing_class,
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+    return trainer
+
+
+def train(trainer: CompletionTrainer, log: Log, resume_from: Path | None) -> TrainingResult:
+    """Runs the training.
+
+    Args:
+        trainer: from `build_trainer`.
+        log: called with every log and its step.
+        resume_from: checkpoint folder to go on from.
+    """
+    scaler = lambda: s.get_scale() if (s := trainer.accelerator.scaler) is not None else None  # noqa: E731
+    termination = SaveOnTermination()
+    last: dict[str, float] = {}
+
+    def keep(logs: dict[str, float], step: int) -> None:
+        last.update(logs)
+        log(logs, step)
+
+    trainer.add_callback(LogCallback(keep))
+    trainer.add_callback(DivergenceWatchdog(trainer.model, scaler))
+    trainer.add_callback(termination)
+    reset_peak()
+    start = time.perf_counter()
+    output = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    seconds = time.perf_counter() - start
+    summary = {
+        "samples_per_second": output.metrics.get("train_samples_per_second"),
+        "seconds": seconds,
+        "peak_gib": peak_gib(),
+        # A run shorter than --logging_steps has logged no loss of its own.
+        "final_loss": last.get("loss", output.training_loss),
+        "mean_loss": output.training_loss,
+        "num_steps": output.global_step,
+        "num_tokens": last.get("num_tokens"),
+        "data_wait_share": last.get("data_wait_share"),
+    }
+    return TrainingResult(summary, termination.requested)
