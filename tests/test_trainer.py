@@ -1,0 +1,124 @@
+"""The training promises that do not need a whole run to be seen."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from qvl.errors import UserError
+from qvl.files import read_jsonl
+from qvl.recipe import run
+from qvl.trainer import DivergenceWatchdog, SaveOnTermination
+from recipes.flickr8k import RECIPE
+
+TRAINING = {
+    "smoke": True,
+    "stages": ["train"],
+    "num_train_examples": 16,
+    "num_eval_examples": 2,
+    "captions_per_image": 1,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "lora_dropout": 0.0,
+}
+
+
+def step_end(watchdog: DivergenceWatchdog, step: int, folder: Path) -> None:
+    state = TrainerState(global_step=step)
+    watchdog.on_step_end(TrainingArguments(output_dir=str(folder), use_cpu=True), state, TrainerControl())
+
+
+class Outputs(dict[str, torch.Tensor]):
+    """What SFTTrainer's model returns: per-token log-probabilities, by key and by attribute."""
+
+    @property
+    def log_probs(self) -> torch.Tensor:
+        return self["log_probs"]
+
+
+class Model(nn.Module):
+    def forward(self, log_probs: torch.Tensor) -> Outputs:
+        return Outputs(log_probs=log_probs)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_the_watchdog_names_the_step_of_a_loss_that_is_no_number(bad: float, tmp_path: Path) -> None:
+    model = Model()
+    watchdog = DivergenceWatchdog(model, loss_scale=lambda: None)
+    model(torch.tensor([-1.0, -2.0]))
+    step_end(watchdog, 6, tmp_path)
+    model(torch.tensor([-1.0, bad]))
+    with pytest.raises(UserError, match="Step 7: the loss is not a number"):
+        step_end(watchdog, 7, tmp_path)
+
+
+def test_the_watchdog_names_the_step_of_a_collapsed_loss_scale(tmp_path: Path) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    watchdog = DivergenceWatchdog(Model(), loss_scale=scaler.get_scale)
+    for step in range(1, 10):
+        # A gradient that overflows at every step, as a diverged fp16 run has it: the real scaler halves each time.
+        scaler.scale((weight * float("inf")).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if scaler.get_scale() < 1:
+            break
+        step_end(watchdog, step, tmp_path)
+    with pytest.raises(UserError, match=rf"Step {step}: the fp16 loss scale has collapsed to 0.5"):
+        step_end(watchdog, step, tmp_path)
+
+
+def test_the_watchdog_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = Model()
+    watchdog = DivergenceWatchdog(model, loss_scale=lambda: None)
+    watchdog.on_train_end(TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerState(), TrainerControl())
+    assert not model._forward_hooks
+
+
+def test_termination_is_only_asked_for_by_the_signal(tmp_path: Path) -> None:
+    arguments, control = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerControl()
+    termination = SaveOnTermination()
+    termination.on_step_end(arguments, TrainerState(), control)
+    assert not control.should_training_stop
+    termination.requested = True
+    termination.on_step_end(arguments, TrainerState(), control)
+    assert control.should_training_stop
+    assert control.should_save
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_jsonl(folder / "training_log.jsonl") if "loss" in row]
+
+
+def test_one_times_four_equals_four_times_one(tmp_path: Path) -> None:
+    """Qwen-VL models switch upstream's token weighting off; unless it is switched on, updates differ by a third."""
+    shapes: list[dict[str, Any]] = [
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+    ]
+    for number, shape in enumerate(shapes):
+        run(RECIPE, {**TRAINING, **shape, "output_dir": str(tmp_path / str(number))})
+    # The second and third losses feel the first update.
+    assert losses(tmp_path / "0") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
+
+
+def test_checkpointing_changes_memory_and_not_the_losses(tmp_path: Path) -> None:
+    for flag in (True, False):
+        run(RECIPE, {**TRAINING, "gradient_checkpointing": flag, "output_dir": str(tmp_path / str(flag))})
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-5)
+
+
+def test_throughput_is_logged_with_every_loss(tmp_path: Path) -> None:
+    run(RECIPE, {**TRAINING, "output_dir": str(tmp_path / "run")})
+    rows = [row for row in read_jsonl(tmp_path / "run" / "training_log.jsonl") if "loss" in row]
+    for row in rows:
+        assert row["samples_per_second"] > 0
+        assert row["tokens_per_second"] > row["samples_per_second"]
+        assert 0 <= row["data_wait_share"] < 1
+        assert row["peak_gib"] > 0.1
+        assert row["grad_norm"] > 0
