@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from qvl.adapters import ParameterReport
 from qvl.encode import IGNORED_LABEL
-from qvl.models import ParameterReport
 
 _CHUNK_ELEMENTS = 1 << 24
 

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from qvl.active_run import load_data
+from qvl.adapters import lora_config
 from qvl.data import LoadedData, separate_completions
 from qvl.encode import ProcessingClass
 from qvl.errors import UserError
 from qvl.files import write_text_atomically
-from qvl.models import language_model_path, load_config, load_processing_class, lora_config, skeleton
+from qvl.models import language_model_path, load_config, load_processing_class, skeleton
 from qvl.rows import RowToExample
 from qvl.settings import Settings
 from qvl.survey import describe_lengths, training_lengths

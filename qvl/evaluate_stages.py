@@ -9,8 +9,9 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from qvl import metrics, models
+from qvl import metrics
 from qvl.active_run import Run
+from qvl.adapters import load_adapter
 from qvl.data import prompt_messages
 from qvl.errors import UserError
 from qvl.examples import undecoded_examples
@@ -35,7 +36,7 @@ def evaluate(run: Run) -> None:
     if not folder.is_dir() and named is not None:
         folder = Path(named)
     base = run.load_base()
-    adapted = models.load_adapter(base, folder)
+    adapted = load_adapter(base, folder)
     _evaluate(run, adapted, "finetuned")
     adapted.unload()
 

@@ -1,4 +1,4 @@
-"""The comparison page of a run, and the table printed at its end.
+"""The comparison page of a run.
 
 `report.html` is one file without outside resources: it opens offline, in light and dark mode, and keeps to
 `MAX_PAGE_BYTES` by shrinking the pictures. Its Content-Security-Policy allows only the script and the style written
@@ -10,7 +10,6 @@ import bisect
 import hashlib
 import io
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,11 +25,11 @@ from qvl import plots
 from qvl.files import read_jsonl, write_text_atomically
 from qvl.metrics import sufficient_statistics
 from qvl.redaction import redact
+from qvl.score_table import finite, score_rows
 
 MAX_PAGE_BYTES = 5_000_000
 MAX_GALLERY_EXAMPLES = 500
 
-_SCORE_NAMES = {"bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "cider": "CIDEr"}
 _SETTINGS_SHOWN = (
     "model_name_or_path",
     "model_revision",
@@ -61,8 +60,6 @@ _MIN_THUMBNAIL_BYTES = 1_500
 _REPEATED_SPECIAL_TOKEN = re.compile(r"(<\|[^|<>]+\|>)\1{2,}")
 
 OpenImage = Callable[[str], Image.Image | None]
-
-_LEAST_RELATIVE_BASE = 1e-3
 
 
 @dataclass
@@ -135,69 +132,10 @@ def write_report(run_dir: Path, open_image: OpenImage, recipe: str | None = None
     return path
 
 
-def comparison_table(metrics: Mapping[str, Any]) -> str:
-    """Lays metrics.json out as the text table printed at the end of a run.
-
-    Args:
-        metrics: the content of metrics.json; a stage may be missing or None.
-
-    Returns:
-        Lines such as "BLEU-4      0.1009      0.1294  +0.0285 (+28%)" under a header, without a final newline.
-    """
-    rows = score_rows(metrics)
-    if not rows:
-        return "No scores yet: neither the stage baseline nor evaluate has run."
-    lines = [f"{'':<12}{'baseline':>10}{'fine-tuned':>12}  difference"]
-    for row in rows:
-        change = f"{row['difference']} {row['relative']}".rstrip()
-        notes = [f"95% interval {row['interval']}" if row["interval"] else "", row["verdict"]]
-        numbers = f"{row['name']:<12}{row['baseline']:>10}{row['finetuned']:>12}  {change:<16}"
-        lines.append("  ".join([numbers, *filter(None, notes)]).rstrip())
-    stages = [metrics.get(stage) or {} for stage in ("baseline", "finetuned")]
-    counts = sorted({stage["num_examples"] for stage in stages if "num_examples" in stage})
-    if counts:
-        lines.append(f"on {' and '.join(f'{count:,}' for count in counts)} examples")
-    return "\n".join(lines)
-
-
-def score_rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The score table's rows, formatted: name, baseline, finetuned, difference, relative, interval, verdict.
-
-    What is unknown is "-" in the first four, "" in the others. BLEU-4, ROUGE-L and CIDEr come first, then any other
-    score that the run has.
-    """
-    baseline, finetuned = metrics.get("baseline") or {}, metrics.get("finetuned") or {}
-    others = [key for key in {**baseline, **finetuned} if key not in _SCORE_NAMES and key != "num_examples"]
-    rows = []
-    for key in [*_SCORE_NAMES, *others]:
-        before, after = _finite(baseline.get(key)), _finite(finetuned.get(key))
-        if before is None and after is None:
-            continue
-        row = {"name": _SCORE_NAMES.get(key, key), "baseline": _number(before), "finetuned": _number(after)}
-        interval = (metrics.get("difference") or {}).get(key) or {}
-        rows.append({**row, **_change(before, after, _finite(interval.get("low")), _finite(interval.get("high")))})
-    return rows
-
-
-def _change(before: float | None, after: float | None, low: float | None, high: float | None) -> dict[str, str]:
-    change = {"difference": "-", "relative": "", "interval": "", "verdict": ""}
-    if before is None or after is None:
-        return change
-    # Adding zero turns a negative zero into a plain one.
-    change["difference"] = f"{round(after - before, 4) + 0.0:+.4f}"
-    # Against a score of practically nothing a percentage says nothing either.
-    if before >= _LEAST_RELATIVE_BASE:
-        change["relative"] = f"({(after - before) / before:+.0%})"
-    if low is not None and high is not None:
-        change["interval"] = f"{low:+.4f} to {high:+.4f}"
-        change["verdict"] = "no clear difference" if low <= 0 <= high else ""
-    return change
-
-
 def _scores(run_dir: Path) -> dict[str, Any]:
     metrics = _read_json(run_dir / "metrics.json") or {}
     stages = (("baseline", "baseline"), ("fine-tuned", "finetuned"))
-    bars = [(label, key, _finite((metrics.get(key) or {}).get("bleu4"))) for label, key in stages]
+    bars = [(label, key, finite((metrics.get(key) or {}).get("bleu4"))) for label, key in stages]
     known = [(label, key, value) for label, key, value in bars if value is not None]
     return {
         "scores": score_rows(metrics),
@@ -205,7 +143,7 @@ def _scores(run_dir: Path) -> dict[str, Any]:
         "training": {
             key: f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"
             for key, value in (metrics.get("train") or {}).items()
-            if _finite(value) is not None
+            if finite(value) is not None
         },
     }
 
@@ -225,7 +163,7 @@ def _losses(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "training_log.jsonl"
     rows = read_jsonl(path) if path.exists() else []
     training, held_out = (
-        [(row["step"], row[key]) for row in rows if _finite(row.get(key)) is not None and "step" in row]
+        [(row["step"], row[key]) for row in rows if finite(row.get(key)) is not None and "step" in row]
         for key in ("loss", "eval_loss")
     )
     return {
@@ -333,12 +271,3 @@ def _resource(name: str) -> str:
 
 def _csp_hash(content: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
-
-
-def _finite(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

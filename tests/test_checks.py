@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tiny import VISION, answered, picture, processing_class
 from torch import nn
 
+from qvl.adapters import ParameterReport
 from qvl.checks import (
     Check,
     check_adapter_moved,
@@ -23,7 +24,6 @@ from qvl.checks import (
     tensor_hash,
 )
 from qvl.collators import CompletionCollator
-from qvl.models import ParameterReport
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool]
 

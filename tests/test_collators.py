@@ -18,10 +18,11 @@ from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from qvl.adapters import add_adapter
 from qvl.collators import CompletionCollator
 from qvl.encode import IGNORED_LABEL, segments, tokenizer_of
 from qvl.errors import UserError
-from qvl.models import add_adapter, load_base
+from qvl.models import load_base
 
 END = "<|im_end|>"
 Example = dict[str, Any]

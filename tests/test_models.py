@@ -20,21 +20,18 @@ from tiny import CHAT, CPU, VISION, answered, base, conversation, picture, proce
 from torch import nn
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel, Qwen3Config
 
+from qvl.adapters import add_adapter, load_adapter, report_parameters, require_adapter_in_language_model
 from qvl.checks import hash_parameters
 from qvl.collators import CompletionCollator
 from qvl.encode import tokenize, tokenizer_of
 from qvl.errors import UserError
 from qvl.models import (
     ASSETS,
-    add_adapter,
     language_model_path,
-    load_adapter,
     load_base,
     load_config,
     load_processing_class,
     model_source,
-    report_parameters,
-    require_adapter_in_language_model,
     skeleton,
 )
 from qvl.settings import parse_settings

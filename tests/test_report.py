@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 
 from qvl.files import read_jsonl, write_json_atomically, write_jsonl_atomically
 from qvl.plots import loss_curve
-from qvl.report import MAX_GALLERY_EXAMPLES, MAX_PAGE_BYTES, comparison_table, write_report
+from qvl.report import MAX_GALLERY_EXAMPLES, MAX_PAGE_BYTES, write_report
+from qvl.score_table import comparison_table
 
 MARKUP = "<script>document.title='run'</script><img src=x onerror=\"document.title='run'\"> a \"dog\" & </script> cat"
 METRICS = {
