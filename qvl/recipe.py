@@ -113,18 +113,19 @@ def _resolve(recipe: Recipe, overrides: Mapping[str, Any], argv: Sequence[str]) 
     folder = choose_run_folder(recipe.name, output_dir, settings.training.run_name, continues)
     left = folder / "settings.yaml"
     if continues and left.is_file() and not settings.recipe.dry_run:
-        own = yaml.safe_load(left.read_text(encoding="utf-8"))
         print(f"Continuing {folder} with its settings.yaml; flags given now go above it.")
-        settings = parse_settings({**recipe.defaults, **own}, {}, argv, overrides, prog)
+        own = yaml.safe_load(left.read_text(encoding="utf-8"))
+        settings = parse_settings(recipe.defaults, recipe.smoke, argv, overrides, prog, continued=own)
     return settings, folder
 
 
 def _run_stages(recipe: Recipe, settings: "Settings", folder: Path, start: float) -> dict[str, float]:
     from qvl import run_folder
     from qvl.active_run import Run, load_data
+    from qvl.adapters import require_adapter
     from qvl.files import write_text_atomically
-    from qvl.models import load_config, load_processing_class, require_adapter
-    from qvl.report import comparison_table
+    from qvl.models import load_config, load_processing_class
+    from qvl.score_table import comparison_table
     from qvl.tracking import open_run
     from qvl.trainer import require_loss_for
 

@@ -87,11 +87,14 @@ class Settings:
         values = {key: value for key, value in self.as_dict().items() if key not in chosen_here}
         defining = {key: values[key] for key in values if key in self.given}
         rest = {key: value for key, value in values.items() if key not in defining}
-        return (
-            "# What defines this run. Feed the file back with --config, or edit it first.\n"
-            + yaml.safe_dump(defining, sort_keys=False, allow_unicode=True)
-            + "\n# Defaults of trl, transformers and qvl that it ran with.\n"
-            + yaml.safe_dump(rest, sort_keys=True, allow_unicode=True)
+        sections = {
+            "# What defines this run. Feed the file back with --config, or edit it first.\n": defining,
+            "# Defaults of trl, transformers and qvl that it ran with.\n": dict(sorted(rest.items())),
+        }
+        return "\n".join(
+            title + yaml.safe_dump(section, sort_keys=False, allow_unicode=True)
+            for title, section in sections.items()
+            if section
         )
 
 
@@ -108,6 +111,7 @@ def parse_settings(
     argv: Sequence[str],
     overrides: Mapping[str, Any] | None = None,
     prog: str | None = None,
+    continued: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Resolves the settings of one run.
 
@@ -117,6 +121,7 @@ def parse_settings(
         argv: command line without the program's name.
         overrides: flags by name that go above everything (what a sweep passes).
         prog: name for messages, the recipe's file.
+        continued: settings.yaml of the run that is gone on with; counts like a --config file below the one given.
 
     Raises:
         UserError: a key or flag that does not exist, is refused, has a value of the wrong type, or contradicts another.
@@ -130,7 +135,7 @@ def parse_settings(
     typed = _typed_flags(arguments, prog)
     upstream = {dest: _plain(parser.get_default(dest)) for dest in actions}
 
-    config = _checked(config, actions, "--config key")
+    config = _checked({**(continued or {}), **config}, actions, "--config key")
     smoke = smoke_defaults if typed.get("smoke", config.get("smoke")) else {}
     for values in (_checked(defaults, actions, "recipe default"), _checked(smoke, actions, "smoke default"), config):
         parser.set_defaults_with_config(**values)

@@ -138,7 +138,7 @@ def describe_lengths(lengths: Sequence[RowLength]) -> list[str]:
     """Text lines: token lengths, visual tokens, and the share that is trained on."""
     tokens = [row.num_tokens for row in lengths]
     visual = [row.num_visual_tokens for row in lengths if row.num_visual_tokens]
-    lines = [f"  tokens a row: {_spread(tokens)}, {sum(tokens):,} in all"]
+    lines = [f"  tokens a training row: {_spread(tokens)}, {sum(tokens):,} in all"]
     if visual:
         lines.append(f"  visual tokens of a row with images: {_spread(visual)}")
     share = sum(row.num_target_tokens for row in lengths) / sum(tokens)

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
-from qvl import checks, models, run_folder
+from qvl import adapters, checks, run_folder
 from qvl.active_run import Run
 from qvl.collators import CompletionCollator
 from qvl.data import separate_completions
@@ -20,7 +20,7 @@ from qvl.encode import segments, tokenizer_of
 from qvl.errors import Terminated, UserError
 from qvl.examples import undecoded_examples
 from qvl.files import read_jsonl, write_json_atomically, write_jsonl_atomically
-from qvl.survey import fit_rows, training_lengths
+from qvl.survey import describe_lengths, fit_rows, training_lengths
 from qvl.trainer import build_trainer, train
 
 _NUM_EXAMPLES_SHOWN = 3
@@ -37,10 +37,10 @@ def train_adapter(run: Run, resume_from: Path | None) -> None:
     rows, collator = prepare_training_rows(run)
     base = run.load_base()
     forward = base.__dict__.get("forward")
-    model = models.add_adapter(base, run.settings)
-    report = models.report_parameters(model)
+    model = adapters.add_adapter(base, run.settings)
+    report = adapters.report_parameters(model)
     print("\n".join(report.lines()), flush=True)
-    models.require_adapter_in_language_model(report)
+    adapters.require_adapter_in_language_model(report)
     args = _trainer_arguments(run)
     run_folder.require_space(run.folder, report.num_trainable, 2 + (args.save_total_limit or 2))
     _require_good_batches(run, rows, collator)
@@ -76,6 +76,7 @@ def prepare_training_rows(run: Run) -> tuple[Dataset, CompletionCollator]:
     recipe, max_length = run.settings.recipe, run.settings.training.max_length
     rows = separate_completions(run.data.train)
     lengths = training_lengths(rows, run.processing_class)
+    print("\n".join(describe_lengths(lengths)), flush=True)
     fitting = fit_rows(rows, lengths, max_length, recipe.overlong)
     num_dropped = len(rows) - len(fitting)
     if num_dropped:

@@ -226,7 +226,13 @@ def test_dry_run_needs_no_weights_and_writes_settings_to_feed_back(
     ]
     assert run(RECIPE, {}, [*flags, "--dry_run"]) == {}
     screen = capsys.readouterr().out
-    for shown in ("tokens a row", "visual tokens", "12544", "language model at model.language_model", "learning_rate"):
+    for shown in (
+        "tokens a training row",
+        "visual tokens",
+        "12544",
+        "language model at model.language_model",
+        "learning_rate",
+    ):
         assert shown in screen
     assert not (tmp_path / "dry" / "metrics.json").exists()
     assert "max_pixels: 12544" in (tmp_path / "dry" / "settings.yaml").read_text()

@@ -235,7 +235,7 @@ def test_truncation_passes_what_the_collator_can_cut(surveyed: Any) -> None:
 def test_the_description_adds_up() -> None:
     lengths = [RowLength("a", 10, 0, 2, 8), RowLength("b", 30, 20, 4, 26), RowLength("c", 20, 10, 4, 16)]
     assert describe_lengths(lengths) == [
-        "  tokens a row: 10 to 30, median 20, 60 in all",
+        "  tokens a training row: 10 to 30, median 20, 60 in all",
         "  visual tokens of a row with images: 10 to 20, median 10",
         "  trained on: 16.7% of the tokens",
     ]
