@@ -26,6 +26,16 @@ if TYPE_CHECKING:
     from qvl.data_config import DataConfig
     from qvl.settings import Settings
 
+# Set by a recipe, but without a say in what comes out.
+_BOOKKEEPING = (
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "dataloader_num_workers",
+    "keep_checkpoints",
+    "stages",
+)
+
 RowToExample = Callable[[dict[str, Any], "DataConfig"], dict[str, Any] | None]
 
 
@@ -208,8 +218,8 @@ def _params(settings: "Settings", data: "LoadedData", model_commit: str | None) 
     import qvl
 
     known = settings.as_dict()
-    defining = {key: known[key] for key in settings.given if key in known and known[key] is not None}
-    return {
+    defining = {key: known[key] for key in settings.given if key in known and key not in _BOOKKEEPING}
+    params = {
         **defining,
         **{key: known[key] for key in ("dtype", "bf16", "fp16")},
         **_lora_of(settings.recipe.adapter),
@@ -221,6 +231,7 @@ def _params(settings: "Settings", data: "LoadedData", model_commit: str | None) 
         "qvl_version": qvl.__version__,
         **{f"{module.__name__}_version": module.__version__ for module in (torch, transformers, trl, peft)},
     }
+    return {key: value for key, value in params.items() if value is not None}
 
 
 def _lora_of(adapter: str | None) -> dict[str, Any]:
