@@ -50,11 +50,10 @@ class Run:
             self.base = models.load_base(self.settings, self.device)
         return self.base
 
-    def put_metrics(self, part: str, values: dict[str, Any]) -> dict[str, Any]:
+    def put_metrics(self, part: str, values: dict[str, Any]) -> None:
         """Updates metrics.json and, with the same numbers, MLflow."""
         whole = run_folder.update_metrics(self.folder, part, values)
         self.record.log_metrics(run_folder.flat_metrics({part: whole[part]}))
-        return whole
 
 
 def load_data(settings: Settings, row_to_example: RowToExample | None) -> LoadedData:

@@ -32,11 +32,9 @@ def baseline(run: Run) -> None:
 def evaluate(run: Run) -> None:
     """Scores the adapter of the run folder (or --adapter), loaded from disk: what is shipped is what is scored."""
     named = run.settings.recipe.adapter
-    folder = run.folder / "adapter"
-    if not folder.is_dir() and named is not None:
-        folder = Path(named)
-    base = run.load_base()
-    adapted = load_adapter(base, folder)
+    # With the stage train, --adapter is where the training started and the run's own adapter is what came of it.
+    is_trained_here = named is None or "train" in run.settings.recipe.stages
+    adapted = load_adapter(run.load_base(), run.folder / "adapter" if is_trained_here else Path(str(named)))
     _evaluate(run, adapted, "finetuned")
     adapted.unload()
 

@@ -145,6 +145,11 @@ def test_an_adapter_can_be_evaluated_and_trained_further(finished: Path, outputs
     adapter = str(finished / "adapter")
     run(RECIPE, {**SHORT, "output_dir": str(scored), "adapter": adapter, "stages": ["evaluate"]})
     assert predictions(scored) == predictions(finished)
+    # Also where the folder holds an adapter of its own: the one that is named is the one that is scored.
+    other = outputs / "other_adapter"
+    run(RECIPE, {**SHORT, "output_dir": str(other), "seed": 7, "stages": ["train"]})
+    run(RECIPE, {**SHORT, "output_dir": str(other), "adapter": adapter, "stages": ["evaluate"]})
+    assert predictions(other) == predictions(finished)
     further = outputs / "further"
     run(RECIPE, {**SHORT, "output_dir": str(further), "adapter": adapter, "stages": ["train"]})
     assert losses(further)[0] < losses(finished)[0]
@@ -236,6 +241,12 @@ def test_dry_run_needs_no_weights_and_writes_settings_to_feed_back(
         assert shown in screen
     assert not (tmp_path / "dry" / "metrics.json").exists()
     assert "max_pixels: 12544" in (tmp_path / "dry" / "settings.yaml").read_text()
+
+
+def test_a_dry_run_does_not_pass_over_a_mistake(tmp_path: Path) -> None:
+    flags = ["--smoke", "--dry_run", "--lora_target_modules", "no_such_proj", "--output_dir", str(tmp_path)]
+    with pytest.raises(UserError, match="no_such_proj"):
+        run(RECIPE, {}, flags)
 
 
 def test_unwritable_folder_stops_before_anything_is_loaded(tmp_path: Path) -> None:
