@@ -7,7 +7,7 @@ from qvl.active_run import load_data
 from qvl.adapters import lora_config
 from qvl.data import LoadedData, separate_completions
 from qvl.encode import ProcessingClass
-from qvl.errors import UserError
+from qvl.errors import HubError
 from qvl.files import write_text_atomically
 from qvl.models import language_model_path, load_config, load_processing_class, skeleton
 from qvl.rows import RowToExample
@@ -33,16 +33,14 @@ def dry_run(settings: Settings, row_to_example: RowToExample | None, folder: Pat
         config = load_config(settings)
         processing_class = load_processing_class(settings)
         print("\n" + "\n".join(_describe_model(settings, config, processing_class)))
-    except UserError as error:
+    except HubError as error:
         print(f"\nModel not looked at: {error}")
     try:
         data = load_data(settings, row_to_example)
         print("\n" + "\n".join(data.summary.lines()))
         if processing_class is not None:
             print("\n".join(_describe_rows(data, settings, processing_class)))
-    except UserError as error:
-        if not _is_network(error):
-            raise
+    except HubError as error:
         print(f"\nData not looked at: {error}")
     path = folder / "settings.yaml"
     write_text_atomically(path, settings.to_yaml(for_any_machine=True))
@@ -69,7 +67,3 @@ def _describe_rows(data: LoadedData, settings: Settings, processing_class: Proce
     num_long = sum(row.num_tokens > limit for row in lengths) if limit else 0
     lines = describe_lengths(lengths)
     return [*lines, f"  longer than --max_length {limit}: {num_long} rows (--overlong {settings.recipe.overlong})"]
-
-
-def _is_network(error: UserError) -> bool:
-    return "HF_ENDPOINT" in str(error)

@@ -8,6 +8,10 @@ class UserError(ValueError):
     """
 
 
+class HubError(UserError):
+    """A hub, or its local cache, does not give what was asked for; a dry run goes on without it."""
+
+
 class Terminated(SystemExit):
     """SIGTERM was received: what is open is saved and closed, then the process exits with 143 (128 + 15)."""
 

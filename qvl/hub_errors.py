@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from qvl.errors import UserError
+from qvl.errors import HubError, UserError
 
 
 @contextmanager
@@ -16,7 +16,7 @@ def hub_errors_explained(name: str) -> Iterator[None]:
         name: hub id or path, for the message.
 
     Raises:
-        UserError: gated, missing, unreachable, not cached, or nothing loadable there.
+        HubError: gated, missing, unreachable, not cached, or nothing loadable there.
     """
     try:
         yield
@@ -27,7 +27,7 @@ def hub_errors_explained(name: str) -> Iterator[None]:
             raise
         raise UserError(f"{name} takes no such --model_init_kwargs: {error}") from error
     except (OSError, ValueError) as error:
-        raise UserError(_explanation(name, error)) from error
+        raise HubError(_explanation(name, error)) from error
 
 
 def _explanation(name: str, error: Exception) -> str:

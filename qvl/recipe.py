@@ -64,7 +64,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> NoReturn:
         print(f"\n{error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nInterrupted; the run is marked KILLED.", file=sys.stderr)
+        print("\nInterrupted; an MLflow run that was open is marked KILLED.", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qvl.data_config import DataConfig
-from qvl.errors import UserError
+from qvl.errors import HubError, UserError
 from qvl.image_refs import TableImage, cache_folder
 from qvl.rows import RowError
 
@@ -279,7 +279,7 @@ def _load_from_hub(config: DataConfig) -> dict[str, Any]:
         reason = " ".join(str(error).split())[:300]
         if isinstance(error, ValueError) and "onfig" in reason:  # the message lists the configurations there are
             raise UserError(f"data set {name}: {reason} Choose with --dataset_config.") from error
-        raise UserError(
+        raise HubError(
             f"data set {name} could not be loaded ({type(error).__name__}: {reason}): check the name; if it is gated or"
             " private, run `hf auth login` or set HF_TOKEN; if the hub cannot be reached from here, set HF_ENDPOINT to"
             " a mirror or give a local folder."
