@@ -157,7 +157,7 @@ def describe_difference(comparison: Comparison) -> str:
     return numbers if is_clear(difference) else f"no clear difference: {numbers}"
 
 
-def is_clear(difference: Difference) -> bool:
+def is_clear(difference: Interval) -> bool:
     """Whether the 95% interval of the difference leaves out 0."""
     return difference["low"] > 0 or difference["high"] < 0
 

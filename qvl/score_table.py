@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from qvl.metrics import is_clear
+
 _SCORE_NAMES = {"bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "cider": "CIDEr"}
 _LEAST_RELATIVE_BASE = 1e-3
 
@@ -63,7 +65,8 @@ def _change(before: float | None, after: float | None, low: float | None, high: 
         change["relative"] = f"({(after - before) / before:+.0%})"
     if low is not None and high is not None:
         change["interval"] = f"{low:+.4f} to {high:+.4f}"
-        change["verdict"] = "no clear difference" if low <= 0 <= high else ""
+        is_noise = not is_clear({"mean": after - before, "low": low, "high": high})
+        change["verdict"] = "no clear difference" if is_noise else ""
     return change
 
 
