@@ -423,7 +423,7 @@ def test_gated_and_missing_data_sets_end_in_one_line(serve: Any, tmp_path: Path)
     lines = result.stdout.splitlines()
     assert len(lines) == 2
     for line, name in zip(lines, names, strict=True):
-        assert line.startswith(f"UserError data set {name} could not be loaded")
+        assert line.startswith(f"HubError data set {name} could not be loaded")
         for remedy in ("check the name", "`hf auth login`", "HF_TOKEN", "HF_ENDPOINT to a mirror"):
             assert remedy in line
 
