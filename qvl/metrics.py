@@ -1,215 +1,222 @@
-"""Corpus scores of captions against all their references, and whether a difference between two models is noise.
+"""Scores of a set of answers against all their references, and whether a difference between two models is noise.
 
 BLEU-1..4, ROUGE-L and CIDEr-D are the numbers that coco-caption prints (fractions; CIDEr may pass 1), equal to the
-scorers of PyPI's `pycocoevalcap` 1.2 to 1e-9. `sufficient_statistics` reduces the texts to a few numbers per item;
-the scores of the whole set and of every bootstrap resample are then functions of weighted sums of those.
+scorers of PyPI's `pycocoevalcap` 1.2 to 1e-9. Exact match, ANLS, character error rate and a recipe's own scores are
+those of `qvl.text_scores`; the held-out loss comes from `qvl.held_out`.
 
-To score against the first reference only, pass `{id: references[:1]}`.
+Every score is a function of sums over items. `score_statistics` reduces the texts to the summands once; the score of
+the whole set, of every bootstrap resample, and their intervals then cost one matrix product.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import TypedDict
+import difflib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from qvl.caption_statistics import CaptionStatistics, Floats, caption_statistics
 from qvl.errors import UserError
 from qvl.ptb import tokenize
+from qvl.text_scores import TEXT_SCORES, TextScore
 
-METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider")
+CAPTION_SCORES = {
+    **{f"bleu{order}": f"BLEU-{order}" for order in range(1, 5)},
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr",
+}
+# Published numbers seldom say whether they are of all references or of the first.
+FIRST_REFERENCE = "_first_reference"
 
 # coco-caption's guards against a division by zero.
 _TINY = 1e-15
 _SMALL = 1e-9
-# Resamples are drawn in blocks of at most this many weights, 64 MiB.
-_WEIGHTS_PER_BLOCK = 2**23
 _NUM_NAMED_IDS = 5
 
 
-class Interval(TypedDict):
-    """An observed value with the ends of its 95% bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-class Difference(Interval):
-    """An observed difference B - A with its 95% interval and two-sided p-value."""
-
-    p_value: float
-
-
-class Comparison(TypedDict):
-    """One metric of two models on the same items.
+@dataclass(frozen=True)
+class ScoreStatistics:
+    """One score of one model on N items: what it sums, and what it makes of the sums.
 
     Attributes:
-        a: score of the first model.
-        b: score of the second.
-        difference: b - a, paired.
-        relative: (b - a) / a as a fraction, or None where a is 0 in the set or in a resample.
+        summands: [N, K] float64.
+        from_sums: from sums over items, [R, K] float64 for R sets of items, to the R scores, [R] float64.
+        items: [N] float64, each item's own score; None where only a set has one (BLEU).
+        label: the name that tables show.
+        higher_is_better: False for errors and losses.
     """
 
-    a: Interval
-    b: Interval
-    difference: Difference
-    relative: Interval | None
+    summands: Floats
+    from_sums: Callable[[Floats], Floats]
+    items: Floats | None
+    label: str
+    higher_is_better: bool = True
+
+    @property
+    def value(self) -> float:
+        """The score of the whole set."""
+        return float(self.from_sums(self.summands.sum(axis=0, keepdims=True))[0])
 
 
-def score(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Scores the captions of a whole set.
+def choose_scores(names: Sequence[str], own: Mapping[str, TextScore]) -> list[str]:
+    """The names without repetition, checked.
 
     Args:
-        predictions: one caption for each id; an empty one is scored like any other.
-        references: one or more true captions for each of the same ids.
-
-    Returns:
-        A score for each name in `METRICS`, and `num_examples` (an int).
+        names: from --scores.
+        own: the recipe's own scores by name.
 
     Raises:
-        UserError: no items, an id on one side only, or an id without references.
+        UserError: no name, one that is no score, or a score of the recipe that hides one of ours.
     """
-    statistics = sufficient_statistics(predictions, references)
-    whole_set = np.ones((1, statistics.num_examples))
-    scores = corpus_scores(statistics, whole_set)
-    return {**{name: float(values[0]) for name, values in scores.items()}, "num_examples": statistics.num_examples}
+    ours = {**CAPTION_SCORES, **TEXT_SCORES}
+    for name in own:
+        if name in ours or name in ("loss", "perplexity"):
+            raise UserError(f"The recipe's score `{name}` has the name of one of qvl's: rename it.")
+    for name in names:
+        if name not in ours and name not in own:
+            known = [*own, *ours]
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean `{nearest[0]}`?" if nearest else f"There are {', '.join(known)}."
+            raise UserError(f"--scores {name} is no score. {hint}")
+    if not names:
+        raise UserError(f"--scores is empty: name some of {', '.join([*own, *ours])}.")
+    return list(dict.fromkeys(names))
 
 
-def sufficient_statistics(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> CaptionStatistics:
-    """Tokenizes the captions and reduces them to numbers per item, in the order of `references`.
-
-    Arguments and errors are those of `score`.
-    """
-    return _statistics_of_models([predictions], references)[0]
-
-
-def corpus_scores(statistics: CaptionStatistics, weights: Floats) -> dict[str, Floats]:
-    """Scores R corpora made of the same N items.
-
-    Args:
-        statistics: of the N items.
-        weights: [R, N] float64, how often each corpus holds each item; each row sums to at least 1.
-
-    Returns:
-        For each name in `METRICS` an array [R] float64.
-    """
-    correct = weights @ statistics.correct
-    guessed = weights @ statistics.guessed
-    ratio = (weights @ statistics.prediction_tokens + _TINY) / (weights @ statistics.reference_tokens + _SMALL)
-    brevity_penalty = np.exp(np.minimum(0.0, 1 - 1 / ratio))
-    precisions = np.cumprod((correct + _TINY) / (guessed + _SMALL), axis=1)
-    bleu = precisions ** (1 / np.arange(1, 5)) * brevity_penalty[:, None]
-    num_items = weights.sum(axis=1)
-    return {
-        **{f"bleu{order}": bleu[:, order - 1] for order in range(1, 5)},
-        "rouge_l": weights @ statistics.rouge_l / num_items,
-        "cider": weights @ statistics.cider / num_items,
-    }
-
-
-def compare(
-    predictions_a: Mapping[str, str],
-    predictions_b: Mapping[str, str],
+def score_statistics(
+    predictions: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
-    *,
-    num_resamples: int = 1000,
-    seed: int = 42,
-) -> dict[str, Comparison]:
-    """Compares two models on the same items by a paired bootstrap over items.
-
-    Both models are scored on the same resamples. An interval runs from the 2.5th to the 97.5th percentile of the
-    resampled values; `mean` is the value observed on the whole set. The p-value is two-sided: twice the smaller share
-    of resamples in which the difference is not above, or not below, 0, one resample being added to each so that it is
-    never 0. CIDEr's document frequencies stay those of the whole set.
+    names: Sequence[str] = tuple(CAPTION_SCORES),
+    own: Mapping[str, TextScore] | None = None,
+    with_first_reference: bool = False,
+) -> dict[str, ScoreStatistics]:
+    """Reduces the answers of a set to what the scores sum, in the order of `references`.
 
     Args:
-        predictions_a: one caption for each id, for instance of the base model.
-        predictions_b: the same of the other model.
-        references: one or more true captions for each id.
-        num_resamples: number of bootstrap resamples.
-        seed: of the resampling; the same seed gives the same numbers.
+        predictions: one answer for each id; an empty one is scored like any other.
+        references: one or more true answers for each of the same ids.
+        names: scores, see `choose_scores`.
+        own: the recipe's own scores by name.
+        with_first_reference: caption scores also against the first reference only, as `bleu4_first_reference`, where
+            an item has more than one.
 
     Returns:
-        A `Comparison` for each name in `METRICS`, plain values fit for JSON.
+        By score name, in the order of `names`.
 
     Raises:
-        UserError: see `score`.
+        UserError: no items, an id on one side only, an id without references, or a recipe's score that is no number.
     """
-    models = _statistics_of_models([predictions_a, predictions_b], references)
-    scores_a, scores_b = _resampled_scores(models, num_resamples, seed)
-    return {name: _comparison(scores_a[name], scores_b[name]) for name in METRICS}
+    _check_ids(predictions, references)
+    chosen = [name for name in names if name in CAPTION_SCORES]
+    result = _caption_scores(predictions, references, chosen)
+    for name in names:
+        if name not in CAPTION_SCORES:
+            text_score = TEXT_SCORES.get(name) or (own or {})[name]
+            result[name] = _text_score(name, text_score, predictions, references)
+    result = {name: result[name] for name in names}
+    if with_first_reference and chosen and any(len(texts) > 1 for texts in references.values()):
+        first = _caption_scores(predictions, {key: texts[:1] for key, texts in references.items()}, chosen)
+        for name, statistics in first.items():
+            result[f"{name}{FIRST_REFERENCE}"] = replace(statistics, label=f"{statistics.label}, first reference")
+    return result
 
 
-def describe_difference(comparison: Comparison) -> str:
-    """Says in words what a comparison found.
+def score(
+    predictions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    names: Sequence[str] = tuple(CAPTION_SCORES),
+    own: Mapping[str, TextScore] | None = None,
+) -> dict[str, float]:
+    """The scores of a whole set by name; arguments and errors are those of `score_statistics`."""
+    return {key: found.value for key, found in score_statistics(predictions, references, names, own).items()}
 
-    Returns:
-        For instance "+0.0285 (+28%), 95% interval +0.0210 to +0.0361, p = 0.002", led by "no clear difference: " when
-        the interval holds 0.
+
+def loss_statistics(losses: Sequence[float], num_tokens: Sequence[int]) -> dict[str, ScoreStatistics]:
+    """The held-out `loss` and `perplexity` as scores: sums over tokens, whatever the batches were.
+
+    Args:
+        losses: of each item the negative log-likelihood of its answers, summed over their tokens, in nats.
+        num_tokens: of each item the tokens that this sums over.
     """
-    difference = comparison["difference"]
-    relative = comparison["relative"]
-    change = f" ({relative['mean']:+.0%})" if relative else ""
-    numbers = (
-        f"{difference['mean']:+.4f}{change}, 95% interval {difference['low']:+.4f} to {difference['high']:+.4f}, "
-        f"p = {difference['p_value']:.3f}"
-    )
-    return numbers if is_clear(difference) else f"no clear difference: {numbers}"
+    summands = np.array([losses, num_tokens], dtype=np.float64).T
+    items = _ratio(summands)
+    with np.errstate(over="ignore"):
+        return {
+            "loss": ScoreStatistics(summands, _ratio, items, "held-out loss", higher_is_better=False),
+            "perplexity": ScoreStatistics(
+                summands, lambda sums: np.exp(_ratio(sums)), np.exp(items), "perplexity", higher_is_better=False
+            ),
+        }
 
 
-def is_clear(difference: Interval) -> bool:
-    """Whether the 95% interval of the difference leaves out 0."""
-    return difference["low"] > 0 or difference["high"] < 0
-
-
-def _statistics_of_models(
-    models: Sequence[Mapping[str, str]], references: Mapping[str, Sequence[str]]
-) -> list[CaptionStatistics]:
-    """Of each model's predictions; the references, the bulk of the text, are tokenized once."""
-    for predictions in models:
-        _check_ids(predictions, references)
-    reference_tokens = [[tokenize(caption) for caption in captions] for captions in references.values()]
-    return [
-        caption_statistics([tokenize(predictions[item_id]) for item_id in references], reference_tokens)
-        for predictions in models
-    ]
-
-
-def _resampled_scores(models: Sequence[CaptionStatistics], num_resamples: int, seed: int) -> list[dict[str, Floats]]:
-    """For each model its scores [1 + num_resamples]: the whole set first, then resamples common to all models."""
-    num_items = models[0].num_examples
-    generator = np.random.default_rng(seed)
-    block_rows = max(1, _WEIGHTS_PER_BLOCK // num_items)
-    blocks = [[corpus_scores(model, np.ones((1, num_items))) for model in models]]
-    for start in range(0, num_resamples, block_rows):
-        num_rows = min(block_rows, num_resamples - start)
-        weights = np.stack(
-            [np.bincount(generator.integers(num_items, size=num_items), minlength=num_items) for _ in range(num_rows)]
-        ).astype(np.float64)
-        blocks.append([corpus_scores(model, weights) for model in models])
-    return [
-        {name: np.concatenate([block[index][name] for block in blocks]) for name in METRICS}
-        for index in range(len(models))
-    ]
-
-
-def _comparison(scores_a: Floats, scores_b: Floats) -> Comparison:
-    differences = scores_b - scores_a
-    resampled = differences[1:]
-    num_against = min(np.count_nonzero(resampled <= 0), np.count_nonzero(resampled >= 0))
-    p_value = min(1.0, 2 * (num_against + 1) / (len(resampled) + 1))
+def caption_scores(
+    found: CaptionStatistics, names: Sequence[str] = tuple(CAPTION_SCORES)
+) -> dict[str, ScoreStatistics]:
+    """BLEU, ROUGE-L and CIDEr-D of captions that are reduced to numbers already."""
+    means = {"rouge_l": found.rouge_l, "cider": found.cider}
     return {
-        "a": _interval(scores_a),
-        "b": _interval(scores_b),
-        "difference": {**_interval(differences), "p_value": p_value},
-        "relative": _interval(differences / scores_a) if np.all(scores_a > 0) else None,
+        name: _mean(means[name], CAPTION_SCORES[name]) if name in means else _bleu(found, int(name[-1]))
+        for name in names
     }
 
 
-def _interval(values: Floats) -> Interval:
-    """Of the observed value (first) and the resampled ones."""
-    low, high = np.percentile(values[1:], [2.5, 97.5])
-    return {"mean": float(values[0]), "low": float(low), "high": float(high)}
+def _caption_scores(
+    predictions: Mapping[str, str], references: Mapping[str, Sequence[str]], names: Sequence[str]
+) -> dict[str, ScoreStatistics]:
+    if not names:
+        return {}
+    found = caption_statistics(
+        [tokenize(predictions[item_id]) for item_id in references],
+        [[tokenize(caption) for caption in captions] for captions in references.values()],
+    )
+    return caption_scores(found, names)
+
+
+def _bleu(found: CaptionStatistics, order: int) -> ScoreStatistics:
+    lengths = np.stack([found.prediction_tokens, found.reference_tokens], axis=1)
+    summands = np.concatenate([found.correct[:, :order], found.guessed[:, :order], lengths], axis=1)
+
+    def from_sums(sums: Floats) -> Floats:
+        correct, guessed = sums[:, :order], sums[:, order : 2 * order]
+        ratio = (sums[:, -2] + _TINY) / (sums[:, -1] + _SMALL)
+        brevity_penalty = np.exp(np.minimum(0.0, 1 - 1 / ratio))
+        precisions = np.prod((correct + _TINY) / (guessed + _SMALL), axis=1)
+        return np.asarray(precisions ** (1 / order) * brevity_penalty)
+
+    return ScoreStatistics(summands, from_sums, None, CAPTION_SCORES[f"bleu{order}"])
+
+
+def _mean(items: Floats, label: str, higher_is_better: bool = True) -> ScoreStatistics:
+    summands = np.stack([items, np.ones_like(items)], axis=1)
+    return ScoreStatistics(summands, _ratio, items, label, higher_is_better)
+
+
+def _ratio(sums: Floats) -> Floats:
+    """First column by second; where there is nothing to divide by, the first (errors against empty references)."""
+    return np.asarray(sums[:, 0] / np.where(sums[:, 1] == 0, 1.0, sums[:, 1]))
+
+
+def _text_score(
+    name: str, text_score: TextScore, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> ScoreStatistics:
+    values = [
+        _checked_value(name, key, text_score.function(predictions[key], texts)) for key, texts in references.items()
+    ]
+    if len({np.shape(value) for value in values}) > 1:
+        raise UserError(f"The score `{name}` gives a number for some answers and a pair for others: choose one.")
+    found = np.array(values, dtype=np.float64)
+    if found.ndim == 1:
+        return _mean(found, text_score.label, text_score.higher_is_better)
+    return ScoreStatistics(found, _ratio, _ratio(found), text_score.label, text_score.higher_is_better)
+
+
+def _checked_value(name: str, item_id: str, value: float | tuple[float, float]) -> float | tuple[float, float]:
+    parts = value if isinstance(value, tuple) else (value,)
+    if len(parts) > 2 or not all(isinstance(part, int | float | np.number) and np.isfinite(part) for part in parts):
+        raise UserError(
+            f"The score `{name}` gives {value!r} for {item_id!r}: it has to give a finite number, or a pair of them, "
+            "numerator and denominator."
+        )
+    return value
 
 
 def _check_ids(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
