@@ -1,16 +1,32 @@
 """Answers for many prompts, batched: the one way baseline, fine-tuned model and checks generate."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
+from qvl.compiled_layers import can_compile, compiled_prefill, plain_layers
 from qvl.encode import ProcessingClass, prompt_text, tokenize, tokenizer_of
+from qvl.errors import UserError
+from qvl.features import encoder_inputs
+from qvl.graphed_decoding import GraphedDecoding
+from qvl.positions import Positions, positions_of, split_grids
+
+# More prompts at a time hardly help (one H100, 8B shape: recipes/RESULTS.md) and take memory.
+_MOST_AUTOMATIC = 128
+# Of the free memory, what automatic batches may plan with: the rest is for fragments and the allocator.
+_SHARE_PLANNED = 0.8
+# Prompts that a worker decodes and tokenizes at a time, and how many such parts it works ahead.
+_PART_SIZE = 16
+_PARTS_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -18,19 +34,21 @@ class Decoding:
     """How answers are decoded; names and meaning are those of `transformers.GenerationConfig`.
 
     Attributes:
-        batch_size: prompts decoded together.
+        batch_size: prompts decoded together; None chooses by the free memory of a CUDA device.
         seed: seeds the sampling, once a call.
         num_workers: processes that decode images and tokenize ahead of the model.
+        compile_prefill: on CUDA, compile what reads the prompts: a quarter less time a prompt, some 15 s once.
     """
 
     max_new_tokens: int
-    batch_size: int
+    batch_size: int | None
     seed: int
     do_sample: bool = False
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 50
     num_workers: int = 0
+    compile_prefill: bool = False
 
     def config(self, processing_class: ProcessingClass) -> GenerationConfig:
         """The generation settings, complete: the model's own (often sampling) defaults must not leak in."""
@@ -46,10 +64,24 @@ class Decoding:
 
 
 class PromptCollator:
-    """Left-padded prompt batches: every row's last token is its own, where generation goes on."""
+    """Left-padded prompt batches: every row's last token is its own, where generation goes on.
 
-    def __init__(self, processing_class: ProcessingClass) -> None:
+    Args:
+        processing_class: processor or tokenizer of the model.
+        dtype: of the pixels; the model's own halves what goes to the device, where it would be cast anyway.
+        positions: how a model with positions in three dimensions numbers tokens, from `positions_of`: made here, they
+            spare the model to ask the device for the size of every image. None leaves them to the model.
+    """
+
+    def __init__(
+        self,
+        processing_class: ProcessingClass,
+        dtype: torch.dtype = torch.float32,
+        positions: Positions | None = None,
+    ) -> None:
         self.processing_class = processing_class
+        self.dtype = dtype
+        self.positions = positions
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Collates prompts.
@@ -59,7 +91,8 @@ class PromptCollator:
 
         Returns:
             `input_ids` and `attention_mask` (int64, (batch, longest prompt)), `mm_token_type_ids` where the model
-            knows it, and the processor's image inputs.
+            knows it, `position_ids` (int64, (1 + 3, batch, longest prompt), the first for the mask) with `positions`,
+            and the processor's image inputs.
         """
         texts = [prompt_text(row["prompt"], self.processing_class, row.get("tools")) for row in examples]
         images = [image for example in examples for image in example["images"]]
@@ -71,7 +104,26 @@ class PromptCollator:
         image_token_id = getattr(self.processing_class, "image_token_id", None)
         if image_token_id is not None and "mm_token_type_ids" in self.processing_class.model_input_names:
             batch["mm_token_type_ids"] = (batch["input_ids"] == image_token_id).long()
-        return {**batch, **{key: torch.as_tensor(value) for key, value in image_inputs.items()}}
+        if self.positions is not None:
+            grids = split_grids(image_inputs.get("image_grid_thw"), examples)
+            batch["position_ids"] = self._position_ids(self.positions, token_ids, grids)
+        if "pixel_values" in image_inputs:
+            image_inputs["pixel_values"] = image_inputs["pixel_values"].to(self.dtype)
+        return {**batch, **image_inputs}
+
+    def _position_ids(
+        self, positions: Positions, token_ids: Sequence[Sequence[int]], grids: Sequence[torch.Tensor | None]
+    ) -> torch.Tensor:
+        """Padded on the left with zeros, which the mask hides."""
+        width = max(len(ids) for ids in token_ids)
+        image_token_id = getattr(self.processing_class, "image_token_id", -1)
+        rows = []
+        for ids, grid in zip(token_ids, grids, strict=True):
+            tokens = torch.tensor(ids)
+            numbered = positions(tokens, (tokens == image_token_id).long(), grid)
+            with_text = torch.cat([torch.arange(len(ids)).unsqueeze(0), numbered])
+            rows.append(torch.nn.functional.pad(with_text, (width - len(ids), 0)))
+        return torch.stack(rows, dim=1)
 
 
 def generate(
@@ -84,41 +136,149 @@ def generate(
 ) -> list[str]:
     """Answers every prompt.
 
+    On CUDA, with `lengths`, a step of decoding is one captured graph; the vision tower attends to all images at once. A
+    batch that does not fit into memory is halved and tried again.
+
     Args:
         model: base model or adapter on it, on its device.
         processing_class: processor or tokenizer it was trained with.
         examples: map-style; each gives `prompt`, `images` and perhaps `tools`.
         decoding: how to decode.
-        lengths: tokens of each prompt; prompts of like length are then decoded together, longest first, so that a batch
-            that does not fit fails at once.
+        lengths: tokens of each prompt, visual ones included; prompts of like length are then decoded together, longest
+            first, so that memory that does not suffice shows at once.
         label: of the progress bar.
 
     Returns:
         The answers in the order of `examples`, without special tokens, stripped.
+
+    Raises:
+        UserError: not even one prompt fits into the device's memory.
     """
-    order = sorted(range(len(examples)), key=lambda i: -lengths[i]) if lengths else list(range(len(examples)))
-    loader = DataLoader(
-        examples,  # type: ignore[arg-type]
-        batch_sampler=[order[i : i + decoding.batch_size] for i in range(0, len(order), decoding.batch_size)],
-        collate_fn=PromptCollator(processing_class),
-        num_workers=decoding.num_workers,
-        pin_memory=model.device.type == "cuda",
-    )
-    config = decoding.config(processing_class)
-    tokenizer = tokenizer_of(processing_class)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     was_training = model.training
     model.eval()
     torch.manual_seed(decoding.seed)
-    answers: list[str] = []
-    with torch.inference_mode(), tqdm(total=len(order), desc=label, unit="answer") as bar:
-        for batch in loader:
-            batch = {key: value.to(model.device, non_blocking=True) for key, value in batch.items()}
-            tokens = model.generate(**batch, generation_config=config)
-            new_tokens = tokens[:, batch["input_ids"].shape[1] :]
-            answers += [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
-            bar.update(len(new_tokens))
+    most = max(lengths) + decoding.max_new_tokens if lengths and base.device.type == "cuda" else None
+    batch_size = decoding.batch_size or (fitting_batch_size(base, most) if most else 1)
+    waiting = sorted(range(len(examples)), key=lambda i: -lengths[i]) if lengths else list(range(len(examples)))
+    answers: dict[int, str] = {}
+    # With a cache of keys and values, every layer that training has compiled would compile anew.
+    with torch.inference_mode(), plain_layers(base), tqdm(total=len(waiting), desc=label, unit="answer") as bar:
+        while waiting:
+            try:
+                for indices, texts in _batches(model, processing_class, examples, waiting, batch_size, decoding, most):
+                    answers.update(zip(indices, texts, strict=True))
+                    bar.update(len(answers) - bar.n)
+            except torch.OutOfMemoryError as error:
+                if batch_size == 1:
+                    raise UserError(
+                        "Not even one prompt fits into the device's memory beside the model: lower --max_pixels or "
+                        "--max_new_tokens, or use --load_in_4bit."
+                    ) from error
+                batch_size //= 2
+                bar.write(f"Out of memory: going on with {batch_size} prompts at a time.")
+            waiting = [index for index in waiting if index not in answers]
+            if base.device.type == "cuda":
+                torch.cuda.empty_cache()
     model.train(was_training)
-    in_order = [""] * len(order)
-    for position, answer in zip(order, answers, strict=True):
-        in_order[position] = answer
-    return in_order
+    return [answers[index] for index in range(len(examples))]
+
+
+def fitting_batch_size(model: PreTrainedModel, most_tokens: int) -> int:
+    """Prompts that fit at a time beside what the CUDA device already holds, by a rough upper bound of what one needs.
+
+    Args:
+        model: on its device.
+        most_tokens: longest prompt and answer together.
+    """
+    config = model.config.get_text_config(decoder=True)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    # Of one layer at a time: gate, up, their product and its copy; a dozen hidden states, the rotary ones in fp32.
+    prefill = 4 * config.intermediate_size + 12 * config.hidden_size
+    logits = 5 * config.vocab_size  # in the model's dtype, in fp32, and their scores
+    one = model.dtype.itemsize * (most_tokens * (cache + prefill) + logits)
+    free, _ = torch.cuda.mem_get_info(model.device)
+    unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    return max(1, min(_MOST_AUTOMATIC, int(_SHARE_PLANNED * (free + unused) / one)))
+
+
+def _batches(
+    model: PreTrainedModel,
+    processing_class: ProcessingClass,
+    examples: Dataset | Sequence[dict[str, Any]],
+    order: Sequence[int],
+    batch_size: int,
+    decoding: Decoding,
+    most_tokens: int | None,
+) -> Iterator[tuple[list[int], list[str]]]:
+    """Decodes batch by batch; with `most_tokens` by a captured graph, which wants batches of one size."""
+    graphed = GraphedDecoding(most_tokens) if most_tokens else None
+    if graphed:
+        batch_size = math.ceil(len(order) / math.ceil(len(order) / batch_size))
+    batches = [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+    if graphed:
+        # The last batch is filled up with its last prompt; the same answer comes again.
+        batches[-1] += [batches[-1][-1]] * (batch_size - len(batches[-1]))
+    config = decoding.config(processing_class)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    compiles = decoding.compile_prefill and graphed is not None and can_compile(base.device)
+    # Models that number tokens in one dimension do it faster than it takes to send the numbers.
+    positions = positions_of(base.config) if hasattr(base.base_model, "get_rope_index") else None
+    collated = _collated(
+        PromptCollator(processing_class, base.dtype, positions), examples, batches, decoding.num_workers, base.device
+    )
+    for indices, inputs in zip(batches, collated, strict=True):
+        num_prompt_tokens = inputs["input_ids"].shape[1]
+        loop = {"custom_generate": graphed, "past_key_values": graphed.empty_cache(base)} if graphed else {}
+        with compiled_prefill(base) if compiles else nullcontext():
+            tokens = model.generate(**encoder_inputs(inputs, base), **loop, generation_config=config)
+        new_tokens = tokens[:, num_prompt_tokens:]
+        texts = tokenizer_of(processing_class).batch_decode(new_tokens, skip_special_tokens=True)
+        yield indices, [text.strip() for text in texts]
+
+
+def _collated(
+    collator: PromptCollator,
+    examples: Dataset | Sequence[dict[str, Any]],
+    batches: Sequence[Sequence[int]],
+    num_workers: int,
+    device: torch.device,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of prompts on the device, each made by several workers: one alone takes seconds for a hundred photos."""
+    parts = [list(batch[start : start + _PART_SIZE]) for batch in batches for start in range(0, len(batch), _PART_SIZE)]
+    loader = DataLoader(
+        examples,  # type: ignore[arg-type]
+        batch_sampler=parts,
+        collate_fn=collator,
+        num_workers=num_workers,
+        prefetch_factor=_PARTS_AHEAD if num_workers else None,
+        pin_memory=device.type == "cuda",
+    )
+    remaining = iter(loader)
+    pad_id = tokenizer_of(collator.processing_class).pad_token_id
+    for batch in batches:
+        made = [next(remaining) for _ in range(math.ceil(len(batch) / _PART_SIZE))]
+        yield _joined(
+            [{key: value.to(device, non_blocking=True) for key, value in part.items()} for part in made], pad_id
+        )
+
+
+def _joined(parts: Sequence[dict[str, torch.Tensor]], pad_id: int) -> dict[str, torch.Tensor]:
+    """One batch of several, padded on the left to the longest."""
+    width = max(part["input_ids"].shape[1] for part in parts)
+    padding = {"input_ids": pad_id, "attention_mask": 0, "mm_token_type_ids": 0, "position_ids": 0}
+    keys = {key for part in parts for key in part}
+    return {
+        key: torch.cat(
+            [
+                torch.nn.functional.pad(part[key], (width - part[key].shape[-1], 0), value=padding[key])
+                if key in padding
+                else part[key]
+                for part in parts
+                if key in part
+            ],
+            dim=1 if key == "position_ids" else 0,
+        )
+        for key in keys
+    }

@@ -1,16 +1,23 @@
 """Batched answers are the answers one by one, in the order asked."""
 
+import copy
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
+from tiny import settings_for
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qvl import scenes
+from qvl.errors import UserError
 from qvl.generate import Decoding, PromptCollator, generate
+from qvl.graphed_decoding import GraphedDecoding
+from qvl.models import load_base
+from qvl.positions import positions_of
 
 ASSET = Path(__file__).parents[1] / "qvl" / "assets" / "tiny-qwen3-vl"
 WORDS = "Please look closely and then describe what the image shows in one sentence".split()
@@ -52,6 +59,104 @@ def test_batched_equals_one_by_one_and_keeps_the_order(model: Any, processor: An
     lengths = [PromptCollator(processor)([row])["input_ids"].shape[1] for row in rows]
     assert len(set(lengths)) > 5
     assert generate(model, processor, rows, decoding(), lengths=lengths) == alone
+
+
+# The scale that the evaluation is trusted at: every answer, token for token.
+
+NUM_SCENES = 200
+
+
+@pytest.fixture(scope="module")
+def many() -> list[dict[str, Any]]:
+    return prompts(NUM_SCENES)
+
+
+def with_adapter(model: Any) -> Any:
+    """LoRA that changes what is said: its B is zero at first."""
+    torch.manual_seed(1)
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules=r".*language_model.*\.(q|v)_proj"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return adapted
+
+
+def in_4bit(model: Any) -> Any:
+    return load_base(
+        settings_for("qvl/tiny-qwen3-vl", "--load_in_4bit", "--dtype", "float32"), torch.device("cpu")
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    ("variant", "num_scenes"),
+    # All of them passed with 200; adapters and 4-bit products are slow on a CPU.
+    [(lambda model: model, NUM_SCENES), (with_adapter, 60), (in_4bit, 16)],
+    ids=["base", "adapter", "4bit"],
+)
+def test_batched_equals_one_by_one_for_many_scenes(
+    model: Any, processor: Any, many: list[dict[str, Any]], variant: Any, num_scenes: int
+) -> None:
+    subject, many = variant(model), many[:num_scenes]
+    lengths = [PromptCollator(processor)([row])["input_ids"].shape[1] for row in many]
+    batched = generate(subject, processor, many, decoding(max_new_tokens=12, batch_size=25), lengths=lengths)
+    assert batched == generate(subject, processor, many, decoding(max_new_tokens=12, batch_size=1))
+    assert len(set(batched)) > num_scenes // 4
+
+
+@pytest.mark.parametrize("changes", [{}, {"do_sample": True, "temperature": 2.0}])
+def test_the_loop_for_captured_steps_answers_as_upstreams(model: Any, processor: Any, changes: dict[str, Any]) -> None:
+    """Without CUDA its steps run one by one, which is all that differs."""
+    rows = prompts(8)
+    options = decoding(**changes)
+    batch = PromptCollator(processor, positions=positions_of(model.config))(rows)
+    loop = GraphedDecoding(batch["input_ids"].shape[1] + options.max_new_tokens)
+    tokens = []
+    for extra in ({}, {"custom_generate": loop, "past_key_values": loop.empty_cache(model)}) * 2:
+        if "past_key_values" in extra:
+            extra["past_key_values"] = loop.empty_cache(model)
+        torch.manual_seed(3)
+        tokens.append(model.generate(**batch, **extra, generation_config=options.config(processor)))
+    assert all(torch.equal(found, tokens[0]) for found in tokens[1:])
+
+
+def test_positions_made_by_workers_are_the_models(model: Any, processor: Any) -> None:
+    rows = prompts(8)
+    made = PromptCollator(processor, positions=positions_of(model.config))(rows)
+    mask = made["attention_mask"]
+    own, _ = model.model.get_rope_index(
+        made["input_ids"],
+        mm_token_type_ids=made["mm_token_type_ids"],
+        image_grid_thw=made["image_grid_thw"],
+        attention_mask=mask,
+    )
+    assert torch.equal(made["position_ids"][1:] * mask, own * mask)
+    assert torch.equal(made["position_ids"][0] * mask, (mask.cumsum(-1) - 1) * mask)
+
+
+def test_a_batch_that_does_not_fit_is_halved(model: Any, processor: Any, capsys: Any) -> None:
+    rows = prompts(9)
+    wanted = generate(model, processor, rows, decoding())
+    sizes: list[int] = []
+
+    def refuse(module: Any, args: Any, kwargs: Any) -> None:
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("no memory")
+
+    hook = model.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        assert generate(model, processor, rows, decoding(batch_size=8)) == wanted
+        printed = capsys.readouterr()
+        assert "going on with 2 prompts at a time" in printed.err + printed.out
+        assert list(dict.fromkeys(sizes))[:3] == [8, 4, 2]
+    finally:
+        hook.remove()
+    blocker = model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    try:
+        with pytest.raises(UserError, match="Not even one prompt fits"):
+            generate(model, processor, rows, decoding(batch_size=4))
+    finally:
+        blocker.remove()
 
 
 def test_workers_make_the_same_batches(model: Any, processor: Any) -> None:

@@ -1,0 +1,79 @@
+"""Compiles the layers of a model one by one: else a step of an 8B model launches tens of thousands of small kernels.
+
+Layers of one kind run the same code, so they share one compilation, and lengths are symbols in it, so that new lengths
+compile nothing.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch._functorch.config
+from torch import nn
+from transformers import PreTrainedModel
+
+_LEAST_CAPABILITY = (8, 0)
+# Of what a layer would save for its backward, the share that it may: the cheap rest (norms, dropout masks, products of
+# activations) is computed again. Half the memory for a twentieth of the speed (one H100, 8B shape: recipes/RESULTS.md).
+_ACTIVATION_MEMORY_BUDGET = 0.5
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether compiling pays: on CUDA with compute capability 8.0 or higher, which Triton's kernels are made for."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+
+
+@contextmanager
+def compiled_layers(base: PreTrainedModel) -> Iterator[None]:
+    """Trains with compiled decoder layers and vision blocks; outside of it they are as they were."""
+    layers = [*base.get_decoder().layers, *_vision_blocks(base)]
+    # The first layer shares the others' compilation if its input wants a gradient as theirs do.
+    base.enable_input_require_grads()
+    with torch._functorch.config.patch(activation_memory_budget=_ACTIVATION_MEMORY_BUDGET), _compiled(layers):
+        yield
+
+
+@contextmanager
+def compiled_prefill(base: PreTrainedModel) -> Iterator[None]:
+    """Compiles what keeps no state: vision blocks, and of decoder layers everything but the attention.
+
+    The attention writes into the layer's own cache of keys and values, which would compile every layer for itself.
+    """
+    stateless = [
+        module
+        for layer in base.get_decoder().layers
+        for module in layer.modules()
+        if module is getattr(layer, "mlp", None) or "Norm" in type(module).__name__
+    ]
+    with _compiled([*stateless, *_vision_blocks(base)]):
+        yield
+
+
+@contextmanager
+def plain_layers(base: PreTrainedModel) -> Iterator[None]:
+    """Takes `compiled_layers` off for a while."""
+    calls = {module: module._compiled_call_impl for module in base.modules() if module._compiled_call_impl}
+    for module in calls:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in calls.items():
+            module._compiled_call_impl = call
+
+
+@contextmanager
+def _compiled(modules: Iterable[nn.Module]) -> Iterator[None]:
+    modules = list(modules)
+    for module in modules:
+        module.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._compiled_call_impl = None
+
+
+def _vision_blocks(base: PreTrainedModel) -> Iterable[nn.Module]:
+    vision = getattr(base.base_model, "visual", None)
+    return vision.blocks if vision is not None else []
