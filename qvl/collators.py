@@ -44,7 +44,7 @@ class CompletionCollator:
             UserError: a row without a target, or longer than `max_length`; the row is named.
         """
         marked = [segments(example, self.processing_class) for example in examples]
-        images = [image for example in examples for image in example["images"]]
+        images = [image for example in examples for image in example.get("images", ())]
         token_ids, image_inputs = tokenize(
             [segment.text for row in marked for segment in row], images, self.processing_class
         )
@@ -57,29 +57,8 @@ class CompletionCollator:
                 piece = next(remaining)
                 ids += piece
                 labels += piece if segment.is_target else [IGNORED_LABEL] * len(piece)
-            rows.append(self._fit(ids, labels, example["where"]))
-        return {**self._pad(rows), **{key: torch.as_tensor(value) for key, value in image_inputs.items()}}
-
-    def _fit(self, ids: list[int], labels: list[int], where: str) -> tuple[list[int], list[int]]:
-        """Cuts a row to `max_length` where that is wanted and safe; raises where it is not."""
-        if self.max_length is not None and len(ids) > self.max_length:
-            if not self.truncate:
-                raise UserError(
-                    f"{where}: {len(ids)} tokens, max_length is {self.max_length}. Raise --max_length, lower "
-                    "--max_pixels, or choose --overlong drop or truncate_text."
-                )
-            if self._image_token_id in ids[self.max_length :]:
-                raise UserError(
-                    f"{where}: --overlong truncate_text would cut image tokens at max_length {self.max_length}. Lower "
-                    "--max_pixels or raise --max_length."
-                )
-            ids, labels = ids[: self.max_length], labels[: self.max_length]
-        if all(label == IGNORED_LABEL for label in labels):
-            raise UserError(
-                f"{where}: no token of the answer is left to train on (the prompt alone fills {len(ids)} tokens). "
-                "Raise --max_length or use --overlong drop."
-            )
-        return ids, labels
+            rows.append(fit_row(ids, labels, self.max_length, self.truncate, self._image_token_id, example["where"]))
+        return {**self._pad(rows), **image_inputs}
 
     def _pad(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
         pad_id = tokenizer_of(self.processing_class).pad_token_id
@@ -99,3 +78,36 @@ class CompletionCollator:
     @property
     def _image_token_id(self) -> int | None:
         return getattr(self.processing_class, "image_token_id", None)
+
+
+def fit_row(
+    ids: list[int],
+    labels: list[int],
+    max_length: int | None,
+    truncate: bool,
+    image_token_id: int | None,
+    where: str,
+) -> tuple[list[int], list[int]]:
+    """Cuts a row to `max_length` where that is wanted and safe; raises where it is not.
+
+    Raises:
+        UserError: the row is too long, would lose image tokens, or has no target left.
+    """
+    if max_length is not None and len(ids) > max_length:
+        if not truncate:
+            raise UserError(
+                f"{where}: {len(ids)} tokens, max_length is {max_length}. Raise --max_length, lower "
+                "--max_pixels, or choose --overlong drop or truncate_text."
+            )
+        if image_token_id in ids[max_length:]:
+            raise UserError(
+                f"{where}: --overlong truncate_text would cut image tokens at max_length {max_length}. Lower "
+                "--max_pixels or raise --max_length."
+            )
+        ids, labels = ids[:max_length], labels[:max_length]
+    if all(label == IGNORED_LABEL for label in labels):
+        raise UserError(
+            f"{where}: no token of the answer is left to train on (the prompt alone fills {len(ids)} tokens). "
+            "Raise --max_length or use --overlong drop."
+        )
+    return ids, labels

@@ -1,12 +1,21 @@
 """The embedded models and hand-made examples, shared by test files that look at batches and models."""
 
+import copy
 import functools
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import PreTrainedModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    Qwen3Config,
+)
 
 from qvl.encode import ProcessingClass
 from qvl.models import load_base, load_processing_class
@@ -14,6 +23,7 @@ from qvl.settings import Settings, parse_settings
 
 VISION = ["qvl/tiny-qwen3-vl", "qvl/tiny-qwen2.5-vl"]
 CHAT = "qvl/tiny-qwen3-chat"
+LLAVA = "CLIP + Qwen3, random"  # has no asset: small, and made here
 CPU = torch.device("cpu")
 
 
@@ -25,12 +35,16 @@ def settings_for(name: str, *argv: str) -> Settings:
 @functools.cache
 def processing_class(name: str) -> ProcessingClass:
     """A processor or tokenizer that no test may change."""
+    if name == LLAVA:
+        return _llava_processor()
     return load_processing_class(settings_for(name))
 
 
 @functools.cache
 def base(name: str) -> PreTrainedModel:
     """A base model in fp32 that no test may change."""
+    if name == LLAVA:
+        return _llava()
     return load_base(settings_for(name), CPU).eval()
 
 
@@ -65,3 +79,41 @@ def conversation(
     for number, (question, answer) in enumerate(turns):
         messages += [message("user", question, 0 if number else len(images)), message("assistant", answer)]
     return {"where": where, "images": images, "messages": messages}
+
+
+def _llava_processor() -> LlavaProcessor:
+    """16 image tokens a picture; tokenizer and template of the tiny Qwen3-VL."""
+    qwen: Any = processing_class(VISION[0])
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return LlavaProcessor(
+        image_processor,
+        copy.deepcopy(qwen.tokenizer),
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=qwen.chat_template,
+        image_token=qwen.image_token,
+        num_additional_image_tokens=1,
+    )
+
+
+def _llava() -> PreTrainedModel:
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    processor: Any = processing_class(LLAVA)
+    text = Qwen3Config(
+        vocab_size=len(processor.tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        eos_token_id=processor.tokenizer.eos_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=processor.image_token_id, image_seq_length=16
+    )
+    return LlavaForConditionalGeneration(config).eval()
