@@ -9,6 +9,7 @@ from torch import nn
 
 from qvl.adapters import ParameterReport
 from qvl.encode import IGNORED_LABEL
+from qvl.errors import FailedCheckError
 
 _CHUNK_ELEMENTS = 1 << 24
 
@@ -34,6 +35,16 @@ class Check:
     def as_dict(self) -> dict[str, Any]:
         """For checks.json."""
         return asdict(self)
+
+
+def at_least(name: str, value: float, bound: float, unit: str = "", detail: str = "") -> Check:
+    """A check that its value reaches a bound; NaN does not."""
+    return Check(name, value, f">= {bound:g}{unit}", value >= bound, detail)
+
+
+def at_most(name: str, value: float, bound: float, unit: str = "", detail: str = "") -> Check:
+    """A check that its value stays below a bound; NaN does not."""
+    return Check(name, value, f"<= {bound:g}{unit}", value <= bound, detail)
 
 
 def tensor_hash(tensor: torch.Tensor) -> int:
@@ -167,6 +178,17 @@ def check_labels(batches: Iterable[dict[str, torch.Tensor]], forbidden_ids: dict
             num_differing + num_masked == 0,
         ),
     ]
+
+
+def require_passed(verdicts: Iterable[Check]) -> None:
+    """Stops a run that has broken an invariant.
+
+    Raises:
+        FailedCheckError: names the checks that did not pass.
+    """
+    broken = failed(verdicts)
+    if broken:
+        raise FailedCheckError("\n".join(["These checks failed, so the result cannot be trusted:", *table(broken)]))
 
 
 def failed(checks: Iterable[Check]) -> list[Check]:

@@ -1,0 +1,97 @@
+"""Does the model answer soundly: the same twice, the same in a batch, to an end, and without running in circles."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from qvl.behaviour_checks import rounds_coarsely
+from qvl.checks import Check, at_most
+from qvl.encode import ProcessingClass, tokenizer_of
+from qvl.features import encoder_inputs
+from qvl.generate import Decoding, PromptCollator
+
+# Greedy decoding turns a rounding difference into another word where two are about equally likely: 2 of 8 answers of
+# the embedded model in bf16, none in fp32. A model whose rows leak into each other changes nearly all.
+MOST_DIFFERING_SHARE_COARSE = 0.5
+# Share of trigrams that repeat an earlier one of the same answer.
+MOST_REPETITION = 0.3
+_GRAM = 3
+
+
+def generate_tokens(
+    model: PreTrainedModel | PeftModel,
+    processing_class: ProcessingClass,
+    prompts: Sequence[dict[str, Any]],
+    decoding: Decoding,
+) -> list[list[int]]:
+    """New tokens of each prompt, decoded as one batch, padding behind the end token left out, the end token kept.
+
+    Args:
+        model: base or adapter on it.
+        processing_class: its processor or tokenizer.
+        prompts: `prompt`, `images` and perhaps `tools` of each.
+        decoding: how to decode.
+    """
+    batch = PromptCollator(processing_class)(list(prompts))
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    inputs = encoder_inputs({key: value.to(base.device) for key, value in batch.items()}, base)
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        tokens = model.generate(**inputs, generation_config=decoding.config(processing_class))
+    model.train(was_training)
+    end = tokenizer_of(processing_class).eos_token_id
+    return [_up_to(row, end) for row in tokens[:, batch["input_ids"].shape[1] :].tolist()]
+
+
+def _up_to(tokens: list[int], end: int) -> list[int]:
+    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+def check_generation(
+    model: PreTrainedModel | PeftModel,
+    processing_class: ProcessingClass,
+    prompts: Sequence[dict[str, Any]],
+    decoding: Decoding,
+) -> list[Check]:
+    """Greedy answers to some prompts, together, together again, and one by one.
+
+    Args:
+        model: base or adapter on it.
+        processing_class: its processor or tokenizer.
+        prompts: as `generate_tokens` takes them.
+        decoding: how to decode; greedily.
+    """
+    together = generate_tokens(model, processing_class, prompts, decoding)
+    again = generate_tokens(model, processing_class, prompts, decoding)
+    alone = [generate_tokens(model, processing_class, [prompt], decoding)[0] for prompt in prompts]
+    end = tokenizer_of(processing_class).eos_token_id
+    unended = sum(row[-1:] != [end] and len(row) != decoding.max_new_tokens for row in together)
+    in_batch = sum(a != b for a, b in zip(together, alone, strict=True)) / len(prompts)
+    share_allowed = MOST_DIFFERING_SHARE_COARSE if rounds_coarsely(model) else 0.0
+    rates = [repetition_rate(row) for row in together]
+    num_ended = sum(row[-1:] == [end] for row in together)
+    return [
+        at_most("answers_that_differ_when_repeated", sum(map(_differ, together, again)), 0, f" of {len(prompts)}"),
+        at_most(
+            "answers_without_end", unended, 0, f" of {len(prompts)}", f"{num_ended} by end token, others by the limit"
+        ),
+        at_most("share_of_answers_that_differ_in_a_batch", in_batch, share_allowed, "", f"{len(prompts)} prompts"),
+        at_most("repetition_rate", sum(rates) / len(rates), MOST_REPETITION, " of trigrams", f"worst {max(rates):.2f}"),
+    ]
+
+
+def _differ(first: list[int], second: list[int]) -> bool:
+    return first != second
+
+
+def repetition_rate(tokens: Sequence[int]) -> float:
+    """Share of an answer's trigrams that occurred before in it: 0 for none, towards 1 for a loop.
+
+    Example: ``a b c a b c a b c`` has 7 trigrams, 3 different ones: 4 / 7.
+    """
+    grams = [tuple(tokens[i : i + _GRAM]) for i in range(len(tokens) - _GRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
