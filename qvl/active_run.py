@@ -1,9 +1,12 @@
 """What the stages of one invocation share."""
 
+import gc
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from transformers import PreTrainedModel
 
@@ -11,8 +14,12 @@ from qvl import models, run_folder
 from qvl.data import DataConfig, LoadedData, load_examples
 from qvl.encode import ProcessingClass
 from qvl.errors import UserError
+from qvl.feature_store import default_folder
+from qvl.features import FeatureTable, cache_features, with_cached_features
+from qvl.mixture import read_mixture
 from qvl.rows import RowToExample
 from qvl.settings import Settings
+from qvl.text_scores import TextScore
 from qvl.tracking import RunRecord
 
 
@@ -27,6 +34,7 @@ class Run:
         data: training and evaluation examples.
         processing_class: the model's processor, or tokenizer.
         record: the MLflow run.
+        own_scores: the recipe's own scores, by name.
         base: the base model once a stage has loaded it; never holds an adapter between stages.
     """
 
@@ -36,7 +44,9 @@ class Run:
     data: LoadedData
     processing_class: ProcessingClass
     record: RunRecord
+    own_scores: Mapping[str, TextScore] = field(default_factory=dict)
     base: PreTrainedModel | None = field(default=None)
+    _features: FeatureTable | None = field(default=None, init=False)
 
     @property
     def device(self) -> torch.device:
@@ -47,8 +57,27 @@ class Run:
         """The base model, loaded by the first stage that needs it."""
         if self.base is None:
             print(f"Loading {self.settings.model.model_name_or_path} ...", flush=True)
+            # A trainer and its model hold each other: what is left of them makes room first.
+            gc.collect()
             self.base = models.load_base(self.settings, self.device)
         return self.base
+
+    def for_model(self, examples: datasets.Dataset) -> datasets.Dataset:
+        """Rows of the run as its model reads them: with `--cache_vision_features`, features in place of pictures."""
+        flags = self.settings.recipe
+        if not flags.cache_vision_features:
+            return examples
+        if self._features is None:
+            self._features = cache_features(
+                self.load_base(),
+                self.processing_class,
+                [self.data.train, self.data.evaluation],
+                Path(flags.vision_cache_dir) if flags.vision_cache_dir else default_folder(),
+                flags.vision_cache_gib,
+                self.settings.training.per_device_eval_batch_size,
+                self.settings.training.dataloader_num_workers,
+            )
+        return with_cached_features(examples, self._features)
 
     def put_metrics(self, part: str, values: dict[str, Any]) -> None:
         """Updates metrics.json and, with the same numbers, MLflow."""
@@ -63,10 +92,12 @@ def load_data(settings: Settings, row_to_example: RowToExample | None) -> Loaded
         UserError: unreachable data, unknown splits or columns, bad rows.
     """
     flags = settings.recipe
-    if flags.dataset_name is None:
+    if flags.dataset_name is None and not flags.datasets:
         raise UserError("No data set is named: --dataset_name.")
+    mixture = read_mixture(flags.datasets or [])
     config = DataConfig(
-        dataset_name=flags.dataset_name,
+        dataset_name=str(flags.dataset_name),
+        datasets=mixture,
         dataset_config=flags.dataset_config,
         dataset_revision=flags.dataset_revision,
         dataset_train_split=flags.dataset_train_split,

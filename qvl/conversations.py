@@ -40,11 +40,15 @@ def read_messages(messages: Any) -> list[Message]:
     return [_read_message(message, number) for number, message in enumerate(messages)]
 
 
-def read_conversations(turns: Any) -> list[Message]:
+def read_conversations(turns: Any, system: Any = None) -> list[Message]:
     """LLaVA's and ShareGPT's `[{"from": "human", "value": "<image> ..."}, ...]` -> typed messages.
 
+    Args:
+        turns: the row's `conversations`.
+        system: the row's `system`, which some ShareGPT files have beside the turns; None or "" for none.
+
     Raises:
-        MessageError: as `read_messages`.
+        MessageError: as `read_messages`, or `system` is no text or there twice.
     """
     if not isinstance(turns, list) or not turns:
         raise MessageError('"conversations" is no filled list: write [{"from": "human", "value": "..."}, ...]')
@@ -55,7 +59,13 @@ def read_conversations(turns: Any) -> list[Message]:
         if turn["from"] not in _SHAREGPT_ROLES:
             raise MessageError(f'turn {number} is from "{turn["from"]}": known are {", ".join(_SHAREGPT_ROLES)}')
         messages.append({"role": _SHAREGPT_ROLES[turn["from"]], "content": turn["value"]})
-    return read_messages(messages)
+    if system is None or system == "":
+        return read_messages(messages)
+    if not isinstance(system, str):
+        raise MessageError(f'"system" is no string but {system!r}: write the system prompt in quotes')
+    if messages[0]["role"] == "system":
+        raise MessageError('has a system prompt under "system" and as its first turn: keep one of them')
+    return read_messages([{"role": "system", "content": system}, *messages])
 
 
 def _read_message(message: Any, number: int) -> Message:

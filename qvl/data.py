@@ -5,6 +5,7 @@ The formats are described in the README; `qvl.rows` and `qvl.conversations` read
 """
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import datasets
@@ -13,6 +14,7 @@ from qvl.data_config import DataConfig
 from qvl.data_summary import DataSummary, summarize_split
 from qvl.errors import UserError
 from qvl.examples import build_dataset, image_sizes, prompt_messages, separate_completions
+from qvl.mixture import apart, mixture_counts, num_rows_to_read, table_name
 from qvl.rows import RowToExample, caption_row
 from qvl.sources import SCENES, Source, open_source
 from qvl.splits import split_by_image
@@ -66,28 +68,101 @@ def load_examples(config: DataConfig, row_to_example: RowToExample | None = None
     Raises:
         UserError: the data cannot be reached, a split does not exist, or rows are wrong (first 20 listed).
     """
-    source = open_source(config)
+    piece = row_to_example or caption_row
     notes: list[str] = []
-    if "" in source.splits or config.dataset_train_split == config.dataset_test_split:
-        train, evaluation, passes = _rows_by_image(source, config, row_to_example or caption_row, notes)
-    else:
-        train, evaluation, passes = _rows_by_name(source, config, row_to_example or caption_row, notes)
-    _note_fewer("num_train_examples", config.num_train_examples, train, notes)
-    _note_fewer("num_eval_examples", config.num_eval_examples, evaluation, notes)
-    train, evaluation = _unique_ids(train, evaluation, notes)
-    summary = DataSummary(
-        dataset_name=config.dataset_name,
-        revision=source.revision,
-        train=summarize_split("train", train, passes[0]),
-        evaluation=summarize_split("evaluation", evaluation, passes[1]),
-        notes=tuple(notes),
-    )
+    part = _load_mixture(config, piece, notes) if config.datasets else _load_part(config, piece, notes)
+    _note_fewer("num_train_examples", config.num_train_examples, part.train, notes)
+    _note_fewer("num_eval_examples", config.num_eval_examples, part.evaluation, notes)
+    train, evaluation = _unique_ids(part.train, part.evaluation, notes)
+    part = replace(part, train=train, evaluation=evaluation)
     as_messages = any(row.kind == "messages" for row in [*train, *evaluation])
     with_tools = any(row.record.tools for row in [*train, *evaluation])
     return LoadedData(
-        train=build_dataset(train, source.tables, as_messages, with_tools),
-        evaluation=build_dataset(evaluation, source.tables, as_messages, with_tools),
-        summary=summary,
+        train=build_dataset(train, part.tables, as_messages, with_tools),
+        evaluation=build_dataset(evaluation, part.tables, as_messages, with_tools),
+        summary=_summarize(part, tuple(notes)),
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows chosen from one data set, or from several (`parts`), their tables, and the passes they come from."""
+
+    name: str
+    revision: str | None
+    train: list[GoodRow]
+    evaluation: list[GoodRow]
+    passes: tuple[CheckedRows, CheckedRows]
+    tables: Mapping[str, datasets.Dataset]
+    parts: tuple["_Part", ...] = ()
+
+
+def _load_part(config: DataConfig, piece: RowToExample, notes: list[str]) -> _Part:
+    source = open_source(config)
+    if "" in source.splits or config.dataset_train_split == config.dataset_test_split:
+        train, evaluation, passes = _rows_by_image(source, config, piece, notes)
+    else:
+        train, evaluation, passes = _rows_by_name(source, config, piece, notes)
+    return _Part(source.name, source.revision, train, evaluation, passes, source.tables)
+
+
+def _load_mixture(config: DataConfig, piece: RowToExample, notes: list[str]) -> _Part:
+    """The rows of several data sets one after the other, as many of each as its share asks for."""
+    fractions = [mixed.fraction for mixed in config.datasets]
+    loaded = []
+    for mixed in config.datasets:
+        own_notes: list[str] = []
+        own_config = replace(
+            config,
+            dataset_name=mixed.path,
+            dataset_config=mixed.name,
+            dataset_revision=None,
+            dataset_train_split=mixed.split or config.dataset_train_split,
+            num_train_examples=num_rows_to_read(mixed.fraction, fractions, config.num_train_examples),
+            num_eval_examples=num_rows_to_read(mixed.fraction, fractions, config.num_eval_examples),
+            datasets=(),
+        )
+        loaded.append(_load_part(own_config, piece, own_notes))
+        notes += [f"{mixed.path}: {note}" for note in own_notes]
+    num_train = mixture_counts([len(part.train) for part in loaded], fractions, config.num_train_examples)
+    num_eval = mixture_counts([len(part.evaluation) for part in loaded], fractions, config.num_eval_examples)
+    parts = []
+    for number, (part, train_count, eval_count) in enumerate(zip(loaded, num_train, num_eval, strict=True), start=1):
+        if train_count == 0:
+            raise UserError(f"{part.name}: its share of the mixture is less than one row; raise its `fraction`.")
+        train, evaluation = (
+            [apart(row, number, part.name) for row in rows[:count]]
+            for rows, count in ((part.train, train_count), (part.evaluation, eval_count))
+        )
+        tables = {table_name(number, split): table for split, table in part.tables.items()}
+        parts.append(replace(part, train=train, evaluation=evaluation, tables=tables))
+    passes = [
+        CheckedRows(
+            side,
+            errors=[f"{part.name}: {error}" for part in parts for error in part.passes[index].errors],
+            num_left_out=sum(part.passes[index].num_left_out for part in parts),
+        )
+        for index, side in enumerate(("train", "evaluation"))
+    ]
+    return _Part(
+        name=" + ".join(part.name for part in parts),
+        revision=None,
+        train=[row for part in parts for row in part.train],
+        evaluation=[row for part in parts for row in part.evaluation],
+        passes=(passes[0], passes[1]),
+        tables={name: table for part in parts for name, table in part.tables.items()},
+        parts=tuple(parts),
+    )
+
+
+def _summarize(part: _Part, notes: tuple[str, ...]) -> DataSummary:
+    return DataSummary(
+        dataset_name=part.name,
+        revision=part.revision,
+        train=summarize_split("train", part.train, part.passes[0]),
+        evaluation=summarize_split("evaluation", part.evaluation, part.passes[1]),
+        notes=notes,
+        parts=tuple(_summarize(inner, ()) for inner in part.parts),
     )
 
 

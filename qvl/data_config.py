@@ -1,8 +1,12 @@
 """What a run asks of its data: one settings object, filled from the command line by `qvl.recipe`."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from qvl.errors import UserError
+
+if TYPE_CHECKING:
+    from qvl.mixture import MixedSet
 
 FLICKR8K_CAPTION_COLUMNS = ("caption_0", "caption_1", "caption_2", "caption_3", "caption_4")
 
@@ -12,8 +16,8 @@ class DataConfig:
     """Where the rows come from, how they are read, and how many are used.
 
     Attributes:
-        dataset_name: hub id, `qvl/scenes`, a local `.jsonl` file, or a local folder with a `captions.jsonl` or, without
-            one, a `.jsonl` file for each split.
+        dataset_name: hub id, `qvl/scenes` or `qvl/chats`, a local `.jsonl` file, or a local folder with a
+            `captions.jsonl` or, without one, a `.jsonl` file for each split.
         dataset_config: the hub data set's configuration, if it has several.
         dataset_train_split: split to train on.
         dataset_test_split: split to evaluate on; the same name as the training split means: split that one by image.
@@ -29,6 +33,7 @@ class DataConfig:
         allow_remote_images: fetch images given as http(s) URLs.
         allow_outside_images: accept relative image paths that leave the data folder.
         dataset_revision: the hub data set's commit, branch or tag.
+        datasets: several data sets instead of `dataset_name`, mixed by weight.
     """
 
     dataset_name: str
@@ -46,6 +51,7 @@ class DataConfig:
     allow_remote_images: bool = False
     allow_outside_images: bool = False
     dataset_revision: str | None = None
+    datasets: "tuple[MixedSet, ...]" = ()
 
     def __post_init__(self) -> None:
         """Refuses counts below one.

@@ -45,6 +45,7 @@ class DataSummary:
         train: the training side.
         evaluation: the evaluation side.
         notes: what the user should know, such as fewer rows than asked for.
+        parts: the same of each data set of a mixture; empty for one data set.
     """
 
     dataset_name: str
@@ -52,6 +53,7 @@ class DataSummary:
     train: SplitSummary
     evaluation: SplitSummary
     notes: tuple[str, ...]
+    parts: tuple["DataSummary", ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -63,14 +65,21 @@ class DataSummary:
         """Bad rows that were gone past, each counted once."""
         return len({*self.train.skipped, *self.evaluation.skipped})
 
+    def source(self) -> str:
+        """Name, revision and fingerprint in a few words."""
+        revision = f" at {self.revision}" if self.revision else ""
+        return f"{self.dataset_name}{revision}, fingerprint {self.fingerprint[:16]}"
+
     def lines(self) -> list[str]:
         """Lines for the screen."""
-        revision = f" at {self.revision}" if self.revision else ""
-        lines = [f"data {self.dataset_name}{revision}, fingerprint {self.fingerprint[:16]}"]
+        lines = [f"data {self.source()}"]
         for split in (self.train, self.evaluation):
             lines.append(f"  {split.name}: {split.num_examples:,} examples, {split.num_images:,} images{_sizes(split)}")
             if split.num_left_out:
                 lines.append(f"    {split.num_left_out:,} rows left out by the recipe")
+        for part in self.parts:
+            counts = f"{part.train.num_examples:,} to train, {part.evaluation.num_examples:,} to evaluate"
+            lines.append(f"  of {part.source()}: {counts}")
         lines += [f"  {note}" for note in self.notes]
         skipped = list(dict.fromkeys([*self.train.skipped, *self.evaluation.skipped]))
         if skipped:

@@ -4,15 +4,19 @@ Training, length survey, generation and the printed first example all go through
 """
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import jinja2
+import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers.utils.chat_template_utils import render_jinja_template
-from trl.chat_template_utils import get_training_chat_template
 
 from qvl.errors import UserError
+from qvl.feature_store import ImageFeatures, join_features
+from qvl.template_support import require_all_shown
+from qvl.training_template import training_template
 
 IGNORED_LABEL = -100
 ProcessingClass: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
@@ -61,18 +65,17 @@ def segments(example: dict[str, Any], processing_class: ProcessingClass) -> list
         UserError: there is no answer, or the template cannot say where the answers are, or does not end them; the row
             is named.
     """
-    if "messages" in example:
-        marked = _assistant_turns(example, processing_class)
-    else:
-        prompt = prompt_text(example["prompt"], processing_class)
-        whole = _render([*example["prompt"], *example["completion"]], processing_class)
-        if not whole.startswith(prompt):
-            raise UserError(
-                f"{example['where']}: the chat template renders the prompt differently once an answer follows, so the "
-                "answer cannot be told from it. Give the row as `messages`, or another --chat_template_path."
-            )
-        marked = [Segment(prompt, False), Segment(whole[len(prompt) :], True)]
-    return _end_at_end_token(marked, tokenizer_of(processing_class).eos_token, example["where"])
+    tools = example.get("tools")
+    try:
+        messages = _template_messages(example.get("messages") or [*example["prompt"], *example["completion"]])
+        require_all_shown(messages, tools, _template(processing_class), _special_tokens(processing_class))
+        if "messages" in example:
+            marked = _assistant_turns(messages, tools, processing_class)
+        else:
+            marked = _answer_behind_prompt(example["prompt"], messages, tools, processing_class)
+        return _end_at_end_token(marked, tokenizer_of(processing_class).eos_token)
+    except UserError as error:
+        raise UserError(f"{example['where']}: {str(error).rstrip('.')}.") from error
 
 
 def tokenize(
@@ -82,49 +85,97 @@ def tokenize(
 
     Args:
         texts: rendered texts; the placeholders in all of them together are as many as `images`.
-        images: PIL images in reading order, may be empty.
+        images: PIL images in reading order, or the `ImageFeatures` of all of them; may be empty.
         processing_class: a processor, or a tokenizer when there are no images.
 
     Returns:
         Token ids per text, image placeholders expanded; and the model's image inputs, such as `pixel_values`
-        (num_patches, patch_size) and `image_grid_thw` (num_images, 3), empty without images.
+        (num_patches, patch_size) and `image_grid_thw` (num_images, 3), empty without images. Of features the inputs
+        are `image_features` (num_visual_tokens, (1 + num_deepstack) * hidden_size) in place of `pixel_values`; see
+        `qvl.features.encoder_inputs`.
     """
     if not isinstance(processing_class, ProcessorMixin):
         return processing_class(list(texts), add_special_tokens=False)["input_ids"], {}
+    if any(isinstance(image, ImageFeatures) for image in images):
+        return _tokenize_beside_features(texts, images, processing_class)
     encoded = processing_class(text=list(texts), images=list(images) or None, padding=False, add_special_tokens=False)
     per_token = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}
-    return encoded["input_ids"], {key: value for key, value in encoded.items() if key not in per_token}
+    return encoded["input_ids"], {key: _tensor(value) for key, value in encoded.items() if key not in per_token}
 
 
-def _assistant_turns(example: dict[str, Any], processing_class: ProcessingClass) -> list[Segment]:
-    """Splits a rendered conversation at the generation markers of its (training) template."""
-    template = _training_template(processing_class)
-    rendered, spans = render_jinja_template(
-        [_template_messages(example["messages"])],
-        chat_template=template,
-        tools=example.get("tools"),
-        return_assistant_tokens_mask=True,
-        **tokenizer_of(processing_class).special_tokens_map,
-    )
-    text, result, position = rendered[0], [], 0
-    for start, end in spans[0]:
+def _tensor(values: Any) -> torch.Tensor:
+    """One tensor of what a processor gives without `return_tensors`, which would want texts of one length."""
+    return torch.stack(list(values)) if isinstance(values, list | tuple) else torch.as_tensor(values)
+
+
+def _tokenize_beside_features(
+    texts: Sequence[str], images: Sequence[ImageFeatures], processing_class: ProcessorMixin
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """`tokenize` where the vision tower has seen the images before; the ids are those that the processor gives."""
+    placeholder = processing_class.image_token
+    num_places = sum(text.count(placeholder) for text in texts)
+    if num_places != len(images):
+        raise ValueError(f"{num_places} image placeholders ({placeholder}) in the texts for {len(images)} images")
+    remaining = iter(images)
+    expanded = []
+    for text in texts:
+        first, *others = text.split(placeholder)
+        expanded.append(first + "".join(placeholder * next(remaining).num_tokens + part for part in others))
+    inputs = {"image_features": join_features(images)}
+    if images[0].grid_thw is not None:
+        inputs["image_grid_thw"] = torch.tensor([image.grid_thw for image in images])
+    return tokenizer_of(processing_class)(expanded, add_special_tokens=False)["input_ids"], inputs
+
+
+def _assistant_turns(
+    messages: list[dict[str, Any]], tools: list[Any] | None, processing_class: ProcessingClass
+) -> list[Segment]:
+    """Splits a rendered conversation at the beginnings and ends of the assistant's turns."""
+    template = training_template(_template(processing_class), _special_tokens(processing_class))
+    text, spans = template.render(messages, tools)
+    # Probes cannot foresee every row, and what is trained on has to be what the model will see.
+    if text != _render(messages, processing_class, add_generation_prompt=True, tools=tools):
+        raise UserError(
+            "with its answers marked, the chat template renders this row otherwise than without. Put the generation "
+            "markers into a copy of the template by hand and name it with --chat_template_path."
+        )
+    result, position = [], 0
+    for start, end in spans:
         result += [Segment(text[position:start], False), Segment(text[start:end], True)]
         position = end
     return [*result, Segment(text[position:], False)]
 
 
-def _training_template(processing_class: ProcessingClass) -> str:
-    try:
-        return get_training_chat_template(processing_class) or processing_class.chat_template
-    except ValueError as error:
+def _answer_behind_prompt(
+    prompt_messages: list[dict[str, Any]],
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None,
+    processing_class: ProcessingClass,
+) -> list[Segment]:
+    """Splits a rendered conversation where its prompt, rendered alone, ends."""
+    prompt = prompt_text(prompt_messages, processing_class, tools)
+    # With the generation prompt: Qwen1.5's first template ends a last answer only then, and what others append stands
+    # behind the answer's end.
+    whole = _render(messages, processing_class, add_generation_prompt=True, tools=tools)
+    if not whole.startswith(prompt):
         raise UserError(
-            "The model's chat template does not mark which words are the assistant's, and TRL ships no training twin "
-            "for it. Add {% generation %} ... {% endgeneration %} around the assistant's turns in a copy of the "
-            "template and name it with --chat_template_path."
-        ) from error
+            "the chat template renders the prompt differently once an answer follows, so the answer cannot be told "
+            "from it. Give the row as `messages`, or another --chat_template_path."
+        )
+    return [Segment(prompt, False), Segment(whole[len(prompt) :], True)]
 
 
-def _end_at_end_token(marked: list[Segment], end_token: str, where: str) -> list[Segment]:
+def _template(processing_class: ProcessingClass) -> str:
+    """The chat template's source; of named variants the default one."""
+    template = processing_class.chat_template
+    return template["default"] if isinstance(template, dict) else template
+
+
+def _special_tokens(processing_class: ProcessingClass) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted((key, str(value)) for key, value in tokenizer_of(processing_class).special_tokens_map.items()))
+
+
+def _end_at_end_token(marked: list[Segment], end_token: str) -> list[Segment]:
     """Cuts every target behind its end token, and the whole behind the last target: later tokens cannot teach it."""
     result: list[Segment] = []
     for segment in marked:
@@ -132,8 +183,8 @@ def _end_at_end_token(marked: list[Segment], end_token: str, where: str) -> list
             text, found, rest = segment.text.rpartition(end_token)
             if not found:
                 raise UserError(
-                    f"{where}: the chat template does not end the assistant's turn with {end_token!r}, so the model "
-                    "would never learn to stop. Mend the template (--chat_template_path) or the end token."
+                    f"the chat template does not end the assistant's turn with {end_token!r}, so the model would "
+                    "never learn to stop. Mend the template (--chat_template_path) or the end token."
                 )
             result += [Segment(text + found, True), Segment(rest, False)]
         else:
@@ -141,7 +192,7 @@ def _end_at_end_token(marked: list[Segment], end_token: str, where: str) -> list
     while result and not result[-1].is_target:
         result.pop()
     if not result:
-        raise UserError(f"{where}: there is no assistant's turn to train on.")
+        raise UserError("there is no assistant's turn to train on.")
     # Neighbours of one kind are tokenized as one text.
     return [
         Segment("".join(segment.text for segment in group), is_target)
@@ -155,17 +206,49 @@ def _render(
     add_generation_prompt: bool = False,
     tools: list[Any] | None = None,
 ) -> str:
-    return processing_class.apply_chat_template(
-        _template_messages(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    try:
+        return processing_class.apply_chat_template(
+            _template_messages(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except (jinja2.TemplateError, TypeError) as error:
+        raise UserError(f"the model's chat template refuses this conversation: {error}") from error
 
 
 def _template_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Typed parts become one string where they are all text: text-only templates drop or refuse typed parts."""
+    """Messages as templates take them.
+
+    Typed parts become one string where they are all text: text-only templates drop or refuse typed parts. The
+    arguments of tool calls, which OpenAI writes as JSON in a string, become objects: Qwen2.5's template would quote
+    the string a second time.
+
+    Raises:
+        UserError: arguments that are no JSON object.
+    """
     result = []
     for message in messages:
         parts = message["content"]
         if isinstance(parts, list) and all(part["type"] == "text" for part in parts):
             message = {**message, "content": "".join(part["text"] for part in parts)}
+        if message.get("tool_calls"):
+            message = {**message, "tool_calls": [_with_object_arguments(call) for call in message["tool_calls"]]}
         result.append(message)
     return result
+
+
+def _with_object_arguments(call: Any) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or "name" not in function:
+        raise UserError(
+            'a tool call has to be {"type": "function", "function": {"name": ..., "arguments": {...}}}, found '
+            f"{json.dumps(call)}"
+        )
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except json.JSONDecodeError as error:
+            raise UserError(f"the arguments of the tool call {function['name']!r} are no JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise UserError(f"the arguments of the tool call {function['name']!r} are no JSON object: {arguments!r}")
+    function = {**function, "arguments": arguments}
+    return {**call, "function": function} if "function" in call else function

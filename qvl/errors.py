@@ -12,6 +12,10 @@ class HubError(UserError):
     """A hub, or its local cache, does not give what was asked for; a dry run goes on without it."""
 
 
+class FailedCheckError(UserError):
+    """An invariant does not hold, so a result cannot be trusted; the process exits with 1."""
+
+
 class Terminated(SystemExit):
     """SIGTERM was received: what is open is saved and closed, then the process exits with 143 (128 + 15)."""
 

@@ -5,23 +5,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from qvl import metrics
+from qvl import bootstrap
 from qvl.active_run import Run
 from qvl.adapters import load_adapter
-from qvl.data import prompt_messages
+from qvl.answers import answer_prompts, images_of, statistics_of
+from qvl.collators import CompletionCollator
+from qvl.data import separate_completions
 from qvl.errors import UserError
 from qvl.examples import undecoded_examples
 from qvl.files import read_jsonl, write_jsonl_atomically
-from qvl.generate import Decoding, generate
+from qvl.held_out import held_out_losses
 from qvl.memory_use import peak_gib, reset_peak
+from qvl.metrics import ScoreStatistics
 from qvl.report import write_report
-from qvl.survey import prompt_lengths
-
-SCORES = ("bleu4", "rouge_l", "cider")
 
 
 def baseline(run: Run) -> None:
@@ -58,85 +57,86 @@ def report(run: Run) -> Path:
 
 def _evaluate(run: Run, model: PreTrainedModel | PeftModel, part: str) -> None:
     """Generates an answer to every evaluation prompt, writes the predictions and their scores."""
-    recipe, training = run.settings.recipe, run.settings.training
-    decoding = Decoding(
-        max_new_tokens=recipe.max_new_tokens,
-        batch_size=training.per_device_eval_batch_size,
-        seed=training.seed,
-        do_sample=recipe.do_sample,
-        temperature=recipe.temperature,
-        top_p=recipe.top_p,
-        top_k=recipe.top_k,
-        num_workers=training.dataloader_num_workers,
-    )
-    examples = run.data.evaluation
-    lengths = prompt_lengths(examples, run.processing_class)
     reset_peak()
     start = time.perf_counter()
-    answers = generate(model, run.processing_class, _Prompts(examples), decoding, lengths, label=part)
+    rows = answer_prompts(run, model, run.data.evaluation, label=part)
     seconds = time.perf_counter() - start
-    rows = [
-        {
-            "id": row["id"],
-            "image": row["image_names"][0] if row["image_names"] else None,
-            "images": row["image_names"],
-            "prompt": _plain_text(prompt_messages(row)),
-            "prediction": answer,
-            "references": row["references"],
-        }
-        for row, answer in zip(undecoded_examples(examples), answers, strict=True)
-    ]
-    write_jsonl_atomically(run.folder / f"{part}_predictions.jsonl", rows)
-    scores = metrics.score(*_texts(rows))
-    run.put_metrics(part, {key: scores[key] for key in (*SCORES, "num_examples")})
-    cost = {"seconds": seconds, "examples_per_second": len(rows) / seconds, "peak_gib": peak_gib()}
+    rows = _with_losses(run, model, rows)
+    loss_seconds = time.perf_counter() - start - seconds
+    statistics = _score(run, part, rows)
+    cost = {
+        "seconds": seconds,
+        "examples_per_second": len(rows) / seconds,
+        "held_out_loss_seconds": loss_seconds,
+        "peak_gib": peak_gib(),
+    }
     run.put_metrics("cost", {part: cost})
-    print(f"{part}: BLEU-4 {scores['bleu4']:.4f} on {len(rows)} examples", flush=True)
+    first = next(iter(statistics.values()))
+    print(f"{part}: {first.label} {first.value:.4f} on {len(rows)} examples", flush=True)
 
 
-class _Prompts:
-    """Evaluation examples as prompts; decoded one by one in the data loader's workers."""
+def _with_losses(run: Run, model: PreTrainedModel | PeftModel, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds to each row the loss of its own answers, summed over their tokens, and how many tokens those are.
 
-    def __init__(self, examples: Dataset) -> None:
-        self.examples = examples
+    Answers are those that training would learn from such a row (`--captions_per_image` of a caption row), whole: what
+    `--max_length` would cut counts here.
+    """
+    answers = separate_completions(run.for_model(run.data.evaluation))
+    if not len(answers):
+        return rows
+    training = run.settings.training
+    collator = CompletionCollator(run.processing_class, max_length=None)
+    batch_size, num_workers = training.per_device_eval_batch_size, training.dataloader_num_workers
+    losses, num_tokens = held_out_losses(model, answers, collator, batch_size, num_workers)
+    result, start = [], 0
+    for row, example in zip(rows, undecoded_examples(run.data.evaluation), strict=True):
+        end = start + (len(example["completions"]) if "completions" in example else 1)
+        result.append({**row, "answer_loss": sum(losses[start:end]), "answer_tokens": sum(num_tokens[start:end])})
+        start = end
+    return result
 
-    def __len__(self) -> int:
-        return len(self.examples)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self.examples[index]
-        return {"prompt": prompt_messages(example), "images": example["images"], "tools": example.get("tools")}
+def _score(run: Run, part: str, rows: Sequence[dict[str, Any]]) -> dict[str, ScoreStatistics]:
+    """Writes a model's predictions, each with its own scores, and puts the scores of the set into metrics.json."""
+    statistics = statistics_of(run, rows)
+    items = {name: found.items.tolist() for name, found in statistics.items() if found.items is not None}
+    with_scores = [
+        {**row, "scores": {name: values[index] for name, values in items.items()}} for index, row in enumerate(rows)
+    ]
+    write_jsonl_atomically(run.folder / f"{part}_predictions.jsonl", with_scores)
+    labels = {name: {"label": s.label, "higher_is_better": s.higher_is_better} for name, s in statistics.items()}
+    run.put_metrics("scores", labels)
+    found = bootstrap.intervals(statistics, images_of(rows), seed=run.settings.training.seed)
+    values = {name: interval["mean"] for name, interval in found.items()}
+    ends = {name: {"low": interval["low"], "high": interval["high"]} for name, interval in found.items()}
+    run.put_metrics(part, {**values, "num_examples": len(rows), "interval": ends})
+    return statistics
 
 
 def _compare(run: Run) -> None:
-    """Fills metrics.json's difference, if both predictions exist and are of the same examples."""
-    paths = [run.folder / f"{part}_predictions.jsonl" for part in ("baseline", "finetuned")]
-    if not all(path.is_file() for path in paths):
+    """Scores the predictions that are there by the scores that are asked for now, and fills in the difference."""
+    paths = {part: run.folder / f"{part}_predictions.jsonl" for part in ("baseline", "finetuned")}
+    predictions = {part: read_jsonl(path) for part, path in paths.items() if path.is_file()}
+    statistics = {part: _score(run, part, rows) for part, rows in predictions.items()}
+    if len(predictions) < 2:
         return
-    before, after = (read_jsonl(path) for path in paths)
+    before, after = predictions.values()
     if [row["id"] for row in before] != [row["id"] for row in after]:
         raise UserError(
-            f"{paths[0]} and {paths[1]} are of different examples, so their scores do not compare. Run the stages "
-            "baseline and evaluate again with the same data settings."
+            f"{paths['baseline']} and {paths['finetuned']} are of different examples, so their scores do not compare. "
+            "Run the stages baseline and evaluate again with the same data settings."
         )
-    predictions, references = _texts(before)
-    compared = metrics.compare(predictions, _texts(after)[0], references, seed=run.settings.training.seed)
-    run.put_metrics("difference", {key: compared[key]["difference"] for key in SCORES})
+    common = statistics["baseline"].keys() & statistics["finetuned"].keys()
+    a, b = ({name: s for name, s in statistics[part].items() if name in common} for part in paths)
+    compared = bootstrap.compare(a, b, images_of(before), seed=run.settings.training.seed)
+    run.put_metrics("difference", dict(compared))
     table = [
         {
-            "id": a["id"],
-            "baseline": a["prediction"],
-            "finetuned": b["prediction"],
-            "references": "\n".join(a["references"]),
+            "id": first["id"],
+            "baseline": first["prediction"],
+            "finetuned": second["prediction"],
+            "references": "\n".join(first["references"]),
         }
-        for a, b in zip(before, after, strict=True)
+        for first, second in zip(before, after, strict=True)
     ]
     run.record.log_predictions(table)
-
-
-def _texts(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    return {row["id"]: row["prediction"] for row in rows}, {row["id"]: row["references"] for row in rows}
-
-
-def _plain_text(messages: Sequence[dict[str, Any]]) -> str:
-    return "\n".join(part["text"] for message in messages for part in message["content"] if part["type"] == "text")

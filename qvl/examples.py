@@ -1,7 +1,7 @@
 """Checked rows -> `datasets.Dataset` objects whose pictures are decoded on access, and functions over them."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from PIL import Image
 
 from qvl.conversations import Message
 from qvl.errors import UserError
+from qvl.feature_store import ImageFeatures, dump_features, load_features
 from qvl.image_refs import ImageRef, dump_refs, load_refs, open_image
 from qvl.images import ImageError, decode_rgb
 from qvl.validate import GoodRow
@@ -42,16 +43,21 @@ class ExampleTransform:
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Columns of stored values -> columns of an example's values.
 
+        Where `with_features` has put features beside the references, `images` holds those and nothing is decoded.
+
         Raises:
             UserError: an image cannot be decoded; names the row.
         """
         if "conversation" not in batch or "image_refs" not in batch:
             return batch  # somebody asked for one column only
         columns = {name: batch[name] for name in ("id", "where", "image_names", "references")}
-        columns["images"] = [
-            [self._decode(ref, where) for ref in load_refs(refs)]
-            for refs, where in zip(batch["image_refs"], batch["where"], strict=True)
-        ]
+        if "image_features" in batch:
+            columns["images"] = [load_features(handles) for handles in batch["image_features"]]
+        else:
+            columns["images"] = [
+                [self._decode(ref, where) for ref in load_refs(refs)]
+                for refs, where in zip(batch["image_refs"], batch["where"], strict=True)
+            ]
         conversations = [json.loads(text) for text in batch["conversation"]]
         for key in conversations[0]:
             columns[key] = [conversation[key] for conversation in conversations]
@@ -126,6 +132,75 @@ def separate_completions(dataset: datasets.Dataset) -> datasets.Dataset:
         table = table.set_column(place, name, pa.array(values, table.schema.field(name).type))
     separate = datasets.Dataset(table, datasets.DatasetInfo(features=dataset.features))
     return separate.with_transform(dataset.format["format_kwargs"]["transform"])
+
+
+def joined_completions(dataset: datasets.Dataset, most: int | None = None) -> datasets.Dataset:
+    """Takes `separate_completions` back: neighbours of one prompt become one row with `completions`.
+
+    Args:
+        dataset: rows with `prompt` and `completion`; others come back unchanged.
+        most: completions of a row at most; None for no limit.
+
+    Returns:
+        Rows with `completions`, named after the first of theirs.
+    """
+    stored = dataset.with_format(None)
+    first_rows: list[int] = []
+    conversations: list[dict[str, Any]] = []
+    last_source = None
+    for index, (row_id, packed) in enumerate(zip(stored["id"], stored["conversation"], strict=True)):
+        conversation = json.loads(packed)
+        if "completion" not in conversation:
+            return dataset
+        text = "".join(part["text"] for part in conversation["completion"][0]["content"])
+        source = row_id.rpartition("/")[0]
+        if source == last_source and (most is None or len(conversations[-1]["completions"]) < most):
+            conversations[-1]["completions"].append(text)
+            continue
+        last_source = source
+        first_rows.append(index)
+        conversations.append({"prompt": conversation["prompt"], "completions": [text]})
+    table = dataset.with_format("arrow")[:].take(first_rows)
+    place = table.column_names.index("conversation")
+    column = pa.array([json.dumps(packed) for packed in conversations], table.schema.field("conversation").type)
+    joined = datasets.Dataset(table.set_column(place, "conversation", column))
+    return joined.with_transform(dataset.format["format_kwargs"]["transform"])
+
+
+def with_lengths(dataset: datasets.Dataset, lengths: Sequence[int]) -> datasets.Dataset:
+    """The same rows with a column `length`, which upstream's sampler groups by; examples do not show it."""
+    table = dataset.with_format("arrow")[:].append_column("length", pa.array(lengths, pa.int64()))
+    return datasets.Dataset(table).with_transform(dataset.format["format_kwargs"]["transform"])
+
+
+def with_features(dataset: datasets.Dataset, features: Sequence[Sequence[ImageFeatures]]) -> datasets.Dataset:
+    """The same rows, whose `images` are the features given, row by row; for rows with completions together or apart."""
+    table = dataset.with_format("arrow")[:]
+    column = pa.array([dump_features(row) for row in features], pa.large_string())
+    if "image_features" in table.column_names:
+        table = table.drop_columns("image_features")
+    with_column = datasets.Dataset(table.append_column("image_features", column))
+    return with_column.with_transform(dataset.format["format_kwargs"]["transform"])
+
+
+@dataclass(frozen=True)
+class WithoutImages:
+    """A transform without its key `images`, which a trainer takes for a sign of a vision-language model.
+
+    Attributes:
+        transform: that of the data set.
+    """
+
+    transform: Callable[[dict[str, list[Any]]], dict[str, list[Any]]]
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Columns of stored values -> columns of an example's values."""
+        return {name: values for name, values in self.transform(batch).items() if name != "images"}
+
+
+def without_images(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The same rows without `images`, for text-only models: theirs are empty."""
+    return dataset.with_transform(WithoutImages(dataset.format["format_kwargs"]["transform"]))
 
 
 def undecoded_examples(dataset: datasets.Dataset) -> Iterator[dict[str, Any]]:

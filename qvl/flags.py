@@ -1,13 +1,22 @@
 """The flags that are qvl's own, the upstream flags it refuses, and older scripts' flags under their present names."""
 
+import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from qvl.errors import UserError
 
-STAGES = ("baseline", "train", "evaluate", "report")
-OVERLONG_POLICIES = ("error", "drop", "truncate_text")
-_AT_LEAST_ONE = ("min_pixels", "max_pixels", "max_new_tokens")
+STAGES = ("check", "baseline", "train", "evaluate", "report")
+DEFAULT_STAGES = STAGES[1:]
+OVERLONG_POLICIES = ("error", "drop", "truncate_text", "truncate_turns")
+_AT_LEAST_ONE = (
+    "min_pixels",
+    "max_pixels",
+    "max_new_tokens",
+    "early_stopping_patience",
+    "captions_per_step",
+    "generation_batch_size",
+)
 _SAMPLING = ("temperature", "top_p", "top_k")
 
 
@@ -19,7 +28,7 @@ class RecipeArguments:
     """
 
     stages: list[str] = field(
-        default_factory=lambda: list(STAGES),
+        default_factory=lambda: list(DEFAULT_STAGES),
         metadata={"help": "Stages to run, in their natural order.", "choices": list(STAGES)},
     )
     smoke: bool = field(
@@ -30,7 +39,14 @@ class RecipeArguments:
         metadata={"help": "Resolve everything, survey the data, write settings.yaml, load no weights, stop."},
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id, folder with captions.jsonl, JSONL file, or qvl/scenes."}
+        default=None, metadata={"help": "Hub id, folder with captions.jsonl, JSONL file, qvl/scenes or qvl/chats."}
+    )
+    datasets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Several sets in place of dataset_name, mixed by weight: TRL's `datasets:` list in a YAML file "
+            "(path, name, split, fraction); on the command line a path, or the same as a JSON object, for each set."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "`name` argument of datasets.load_dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the hub data set."})
@@ -52,7 +68,7 @@ class RecipeArguments:
     overlong: str = field(
         default="error",
         metadata={
-            "help": "Rows longer than max_length. Image tokens are never cut.",
+            "help": "Rows longer than max_length. Image tokens are never cut; truncate_turns leaves whole turns out.",
             "choices": list(OVERLONG_POLICIES),
         },
     )
@@ -60,21 +76,74 @@ class RecipeArguments:
     allow_remote_images: bool = field(default=False, metadata={"help": "Fetch images named by an http(s) URL."})
     allow_outside_images: bool = field(default=False, metadata={"help": "Let `..` paths leave the data folder."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest generated answer."})
+    generation_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Prompts answered at a time; none: what fits a GPU, per_device_eval_batch_size on a CPU."},
+    )
     do_sample: bool = field(default=False, metadata={"help": "Sample instead of greedy decoding."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling mass."})
     top_k: int = field(default=50, metadata={"help": "Sample among the k likeliest tokens."})
+    scores: list[str] = field(
+        default_factory=lambda: ["bleu4", "rouge_l", "cider"],
+        metadata={
+            "help": "Scores of the answers: bleu1 to bleu4, rouge_l, cider, exact_match, anls, cer, the recipe's own."
+        },
+    )
+    eval_generations: int = field(
+        default=0,
+        metadata={"help": "Answer this many evaluation prompts at each evaluation while training, and score them."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after this many evaluations in which metric_for_best_model does not improve."},
+    )
     adapter: str | None = field(default=None, metadata={"help": "Start from (or evaluate) this adapter folder."})
+    base_precision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of the frozen weights while training, none means --dtype; fp8 is the faster, and needs "
+            "compute capability 8.9 (on a CPU: the same rounding, slower).",
+            "choices": ["fp8"],
+        },
+    )
+    cache_vision_features: bool = field(
+        default=False,
+        metadata={"help": "Let the frozen vision tower see every image once and keep what it gives on disk."},
+    )
+    vision_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the features, shared by runs; none means vision_features in qvl's own cache."},
+    )
+    vision_cache_gib: float = field(
+        default=100.0, metadata={"help": "Most that the folder may fill; the longest unused features are evicted."}
+    )
+    shared_prefix: bool = field(
+        default=True, metadata={"help": "Compute image and prompt once for all answers to them; off: once an answer."}
+    )
+    captions_per_step: int | None = field(
+        default=None,
+        metadata={"help": "Most answers to one prompt that share it, the others come at other steps; none means all."},
+    )
+    compile_layers: bool = field(
+        default=True,
+        metadata={"help": "Compile layers for training, on GPUs from 8.0 on, without checkpointing and quantization."},
+    )
     keep_checkpoints: bool = field(default=False, metadata={"help": "Keep checkpoints/ once the run is done."})
 
     def __post_init__(self) -> None:
         self.stages = [stage for stage in STAGES if stage in self.stages]
+        self.datasets = [_mixture_entry(entry) for entry in self.datasets] if self.datasets else None
         if not self.stages:
             raise UserError(f"--stages is empty: name some of {', '.join(STAGES)}.")
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name} {value}: it has to be at least 1.")
+        if self.eval_generations < 0:
+            raise UserError(f"--eval_generations {self.eval_generations}: it cannot be below 0.")
+        if self.vision_cache_gib <= 0:
+            raise UserError(f"--vision_cache_gib {self.vision_cache_gib:g}: it has to be above 0.")
         if self.temperature <= 0 or not 0 < self.top_p <= 1:
             raise UserError("--temperature has to be above 0, --top_p above 0 and up to 1. Greedy: no --do_sample.")
         for item in fields(self):
@@ -82,8 +151,20 @@ class RecipeArguments:
                 raise UserError(f"--{item.name} has no effect without --do_sample: add it, or leave --{item.name} out.")
 
 
+def _mixture_entry(entry: Any) -> Any:
+    """One entry of `datasets` as YAML gives it: a mapping; on the command line also a path."""
+    if not isinstance(entry, str):
+        return entry
+    if not entry.lstrip().startswith("{"):
+        return {"path": entry}
+    try:
+        return json.loads(entry)
+    except json.JSONDecodeError as error:
+        raise UserError(f'--datasets {entry} is no JSON ({error}): write {{"path": "...", "fraction": 1}}.') from error
+
+
 _HUB = "qvl pushes nothing by itself: look at the report first, then `hf upload USER/NAME RUN_FOLDER/adapter`"
-_STAGES = "the stages decide what runs: --stages baseline train evaluate report"
+_STAGES = "the stages decide what runs: --stages check baseline train evaluate report"
 _PACKING = "rows with images cannot be packed or flattened by TRL, and a batch has to mean the same in every recipe"
 _LOGITS = "the scores come from generated text; the trainer computes the held-out loss and keeps no logits"
 _PREPARATION = "qvl turns rows into examples itself, see --dataset_name"
@@ -105,13 +186,12 @@ REFUSED: dict[str, str] = {
     "packing": _PACKING,
     "packing_strategy": _PACKING,
     "eval_packing": _PACKING,
-    "padding_free": _PACKING,
     "pad_to_multiple_of": "TRL has it for text only, and its vision collator refuses it with prompts and completions",
     "dataset_text_field": "plain text rows have no answer to train on; accepted rows are listed in the README",
     "dataset_kwargs": _PREPARATION,
     "dataset_num_proc": "rows are prepared lazily, in the data loader: use --dataloader_num_workers",
     "shuffle_dataset": "the trainer's sampler already shuffles with --seed (or --data_seed)",
-    "truncation_mode": "images must never be cut: use --overlong error|drop|truncate_text",
+    "truncation_mode": "images must never be cut: use --overlong error|drop|truncate_text|truncate_turns",
     "eos_token": "the chat template's end token is the one that is trained and that ends generation",
     "pad_token": "deprecated upstream, and the processors of Qwen bring theirs",
     "use_liger_kernel": _LIGER,
@@ -119,8 +199,7 @@ REFUSED: dict[str, str] = {
     "label_smoothing_factor": "deprecated upstream: it needs a second forward pass with the full logits",
     "auto_find_batch_size": "a batch size found by trial differs between machines, so results would not compare",
     "remove_unused_columns": "it would remove the columns that examples are made of",
-    "train_sampling_strategy": "the trainer wants a column of lengths, and only the processor knows the visual tokens",
-    "length_column_name": "it belongs to train_sampling_strategy, which is refused",
+    "length_column_name": "train_sampling_strategy groups by a column that is made here, of text and visual tokens",
     "enable_jit_checkpoint": "SIGTERM already saves a checkpoint",
     "prediction_loss_only": _LOGITS,
     "include_for_metrics": _LOGITS,

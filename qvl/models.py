@@ -19,7 +19,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from qvl.encode import ProcessingClass, tokenizer_of
 from qvl.errors import UserError
 from qvl.hub_errors import hub_errors_explained
+from qvl.padding_token import ensure_padding_token
 from qvl.settings import Settings
+from qvl.vision_attention import use_varlen_vision_attention
 
 ASSETS = Path(__file__).parent / "assets"
 # Arguments of from_pretrained that follow from flags.
@@ -42,9 +44,12 @@ def model_source(name: str) -> str:
     if name.endswith(".gguf"):
         raise UserError(
             f"{name} is a GGUF file: its weights are packed for inference and cannot be trained or carry LoRA. "
-            'Dequantize it once to safetensors: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('FOLDER', gguf_file='{Path(name).name}').save_pretrained('OUT')\" "
-            "(needs `pip install gguf`), then name OUT, or name the model's original repository."
+            'Dequantize it once to safetensors: python -c "from transformers import AutoModelForCausalLM as M, '
+            f"AutoTokenizer as T; of = dict(gguf_file='{Path(name).name}'); m = M.from_pretrained('FOLDER', **of); "
+            # transformers 5.23 holds the dense model for a packed one, which it would not save.
+            "m.hf_quantizer = None; m.config.__dict__.pop('quantization_config', None); m.save_pretrained('OUT'); "
+            "T.from_pretrained('FOLDER', **of).save_pretrained('OUT')\" (needs `pip install gguf`), then name OUT, or "
+            "name the model's original repository."
         )
     embedded = ASSETS / name.removeprefix("qvl/")
     if name.startswith("qvl/"):
@@ -94,9 +99,9 @@ def load_processing_class(settings: Settings, folder: Path | None = None) -> Pro
         raise UserError(
             f"{name} has no chat template: use an instruction-tuned model or --chat_template_path FILE.jinja."
         )
-    tokenizer = tokenizer_of(processing_class)
-    if tokenizer.pad_token is None:
-        raise UserError(f"The tokenizer of {name} has no padding token, so batches cannot be made.")
+    chosen = ensure_padding_token(tokenizer_of(processing_class), str(processing_class.chat_template))
+    if chosen is not None:
+        print(f"The tokenizer has no padding token of its own, batches are padded with {chosen}.", flush=True)
     return processing_class
 
 
@@ -110,17 +115,33 @@ def load_base(settings: Settings, device: torch.device) -> PreTrainedModel:
     kwargs["attn_implementation"] = settings.model.attn_implementation
     if device.type != "cpu":
         kwargs.setdefault("device_map", {"": device})
+    quantized = quantization(settings, config)
+    if quantized is not None:
+        # Not as None: that would take away the configuration of a checkpoint that comes quantized.
+        kwargs["quantization_config"] = quantized
     with hub_errors_explained(name):
         model = _auto_class(config).from_pretrained(
             model_source(name),
             revision=settings.model.model_revision,
             trust_remote_code=settings.training.trust_remote_code,
             dtype=_torch_dtype(settings),
-            quantization_config=_quantization(settings, config),
             **kwargs,
         )
     model.config.use_cache = True
+    use_varlen_vision_attention(model)
+    keep_quantized_weights_as_they_are(model)
     return model
+
+
+def keep_quantized_weights_as_they_are(model: nn.Module) -> None:
+    """Switches off what bitsandbytes does to 4-bit weights in the first inference on a CPU with AVX512-BF16.
+
+    It packs them in place, and the way back, which every `state_dict()` takes, restores the scales in another order
+    (bitsandbytes 0.50.2, without nested quantization): outputs then differ by a tenth, and so does what is trained on.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (mypy takes a module's attributes for tensors)
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
@@ -146,7 +167,8 @@ def _torch_dtype(settings: Settings) -> Any:
     return name if name in (None, "auto") else getattr(torch, name)
 
 
-def _quantization(settings: Settings, config: PretrainedConfig) -> BitsAndBytesConfig | None:
+def quantization(settings: Settings, config: PretrainedConfig) -> BitsAndBytesConfig | None:
+    """How `--load_in_4bit` or `--load_in_8bit` quantizes the language model; None without either."""
     options = settings.model
     if not (options.load_in_4bit or options.load_in_8bit):
         return None

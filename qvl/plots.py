@@ -5,6 +5,7 @@ Colours and fonts are the page's: the elements carry classes only.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
@@ -12,27 +13,47 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 14, 40
 _MAX_POINTS = 600
 
 
-def score_bars(name: str, bars: Sequence[tuple[str, str, float]]) -> Markup:
-    """Draws one horizontal bar per score, from 0 on.
+@dataclass(frozen=True)
+class Bar:
+    """One bar: its label, CSS class, value (finite), and the ends of the value's interval if they are known."""
+
+    label: str
+    css_class: str
+    value: float
+    interval: tuple[float, float] | None = None
+
+
+def score_bars(name: str, bars: Sequence[Bar]) -> Markup:
+    """Draws one horizontal bar per score, from 0 on, with a whisker for its interval; below 0 there is no bar.
 
     Args:
         name: of the score, "BLEU-4".
-        bars: (label, CSS class, value) each; the values are finite and not negative.
+        bars: at least one.
     """
     width, bar_height, gap, label_width, value_width = 460, 34, 18, 92, 64
     height = len(bars) * (bar_height + gap) - gap + 8
-    scale = (width - label_width - value_width) / max(max(value for _, _, value in bars), 1e-9)
+    longest = max(max(bar.value, bar.interval[1] if bar.interval else 0.0) for bar in bars)
+    scale = (width - label_width - value_width) / max(longest, 1e-9)
     parts = []
-    for index, (label, css_class, value) in enumerate(bars):
+    for index, bar in enumerate(bars):
         top = 4 + index * (bar_height + gap)
-        middle = top + bar_height / 2 + 5
-        length = max(value * scale, 2)
+        middle = top + bar_height / 2
+        length = max(bar.value * scale, 2)
+        end = label_width + length
         parts.append(
-            f'<text class="label" x="{label_width - 12}" y="{middle}" text-anchor="end">{escape(label)}</text>'
-            f'<rect class="{css_class}" x="{label_width}" y="{top}" width="{length:.1f}" height="{bar_height}" rx="4"/>'
-            f'<text class="value" x="{label_width + length + 8:.1f}" y="{middle}">{value:.4f}</text>'
+            f'<text class="label" x="{label_width - 12}" y="{middle + 5}" text-anchor="end">{escape(bar.label)}</text>'
+            f'<rect class="{bar.css_class}" x="{label_width}" y="{top}" width="{length:.1f}" height="{bar_height}" '
+            'rx="4"/>'
         )
-    summary = ", ".join(f"{label} {value:.4f}" for label, _, value in bars)
+        if bar.interval:
+            low, high = (label_width + max(value * scale, 0) for value in bar.interval)
+            parts.append(
+                f'<path class="whisker" d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 5}v10'
+                f'M{high:.1f} {middle - 5}v10"/>'
+            )
+            end = max(end, high)
+        parts.append(f'<text class="value" x="{end + 8:.1f}" y="{middle + 5}">{bar.value:.4f}</text>')
+    summary = ", ".join(f"{bar.label} {bar.value:.4f}" for bar in bars)
     return _svg(width, height, f"{name}: {summary}", "".join(parts))
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qvl.errors import Terminated, UserError
+from qvl.errors import FailedCheckError, Terminated, UserError
+from qvl.text_scores import TextScore
 
 if TYPE_CHECKING:
     from qvl.active_run import Run
@@ -48,21 +49,26 @@ class Recipe:
         defaults: flags by name; everything that decides the result.
         smoke: flags that --smoke puts over them: a tiny model and data, nothing else.
         row_to_example: how a row of its data set becomes an example; None where the rows are of a standard format.
+        scores: its own scores by name, to be chosen by --scores beside those of qvl; see `qvl.text_scores.TextScore`.
     """
 
     name: str
     defaults: Mapping[str, Any]
     smoke: Mapping[str, Any] = field(default_factory=dict)
     row_to_example: RowToExample | None = None
+    scores: Mapping[str, TextScore] = field(default_factory=dict)
 
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs a recipe from the command line and exits: 0 done, 2 a mistake to mend, 130 Ctrl-C, 143 SIGTERM."""
+    """Runs a recipe from the command line and exits.
+
+    0 done, 1 a check failed, 2 a mistake to mend, 130 Ctrl-C, 143 SIGTERM.
+    """
     try:
         run(recipe, argv=sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"\n{error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, FailedCheckError) else 2)
     except KeyboardInterrupt:
         print("\nInterrupted; an MLflow run that was open is marked KILLED.", file=sys.stderr)
         sys.exit(130)
@@ -85,7 +91,7 @@ def run(recipe: Recipe, overrides: Mapping[str, Any] | None = None, argv: Sequen
         Terminated: SIGTERM came; what was open has been saved and closed.
     """
     start = time.perf_counter()
-    _quieten_and_tame_libraries()
+    quieten_and_tame_libraries()
     print(f"{recipe.name}: loading torch, transformers and trl ...", flush=True)
     from qvl import run_folder
 
@@ -108,6 +114,8 @@ def _resolve(recipe: Recipe, overrides: Mapping[str, Any], argv: Sequence[str]) 
     """Settings and run folder. Stages that continue a run start from that run's own settings."""
     import yaml
 
+    from qvl.best_checkpoint import settle_best_checkpoint
+    from qvl.metrics import choose_scores
     from qvl.run_folder import choose_run_folder
     from qvl.settings import parse_settings
 
@@ -126,6 +134,8 @@ def _resolve(recipe: Recipe, overrides: Mapping[str, Any], argv: Sequence[str]) 
         print(f"Continuing {folder} with its settings.yaml; flags given now go above it.")
         own = yaml.safe_load(left.read_text(encoding="utf-8"))
         settings = parse_settings(recipe.defaults, recipe.smoke, argv, overrides, prog, continued=own)
+    settings.recipe.scores = choose_scores(settings.recipe.scores, recipe.scores)
+    settle_best_checkpoint(settings, recipe.scores)
     return settings, folder
 
 
@@ -134,7 +144,9 @@ def _run_stages(recipe: Recipe, settings: "Settings", folder: Path, start: float
     from qvl.active_run import Run, load_data
     from qvl.adapters import require_adapter
     from qvl.files import write_text_atomically
+    from qvl.fp8 import require_fp8
     from qvl.models import load_config, load_processing_class
+    from qvl.precision import find_device
     from qvl.score_table import comparison_table
     from qvl.tracking import open_run
     from qvl.trainer import require_loss_for
@@ -143,6 +155,7 @@ def _run_stages(recipe: Recipe, settings: "Settings", folder: Path, start: float
     resume_from = run_folder.find_checkpoint(folder, resumes) if resumes else None
     if "train" in settings.recipe.stages:
         require_loss_for(settings.training.device)
+        require_fp8(find_device(settings.training.use_cpu), settings)
     config = load_config(settings)
     adapter = _adapter_to_use(settings, folder)
     if "evaluate" in settings.recipe.stages and "train" not in settings.recipe.stages and adapter is None:
@@ -157,7 +170,7 @@ def _run_stages(recipe: Recipe, settings: "Settings", folder: Path, start: float
     with open_run(recipe.name, folder, params, store_dir=_store_dir(folder)) as record:
         # Not before MLflow is reached: a run that never began should not be the newest one to continue.
         write_text_atomically(folder / "settings.yaml", settings.to_yaml())
-        active = Run(recipe.name, settings, folder, data, processing_class, record)
+        active = Run(recipe.name, settings, folder, data, processing_class, record, recipe.scores)
         try:
             for stage in settings.recipe.stages:
                 _run_stage(active, stage, resume_from)
@@ -179,7 +192,12 @@ def _run_stage(active: "Run", stage: str, resume_from: Path | None) -> None:
     from qvl import evaluate_stages, train_stage
 
     print(f"\n== {stage} ==", flush=True)
-    if stage == "baseline":
+    if stage == "check":
+        # Imported here: it brings the checks of a whole training, which other stages do not need.
+        from qvl.check_stage import check
+
+        check(active)
+    elif stage == "baseline":
         if resume_from is not None and (active.folder / "baseline_predictions.jsonl").is_file():
             print("Kept: baseline_predictions.jsonl is there from before the interruption.")
             return
@@ -226,6 +244,7 @@ def _params(settings: "Settings", data: "LoadedData", model_commit: str | None) 
         "model_commit": model_commit,
         "data_revision": data.summary.revision,
         "data_fingerprint": data.summary.fingerprint[:16],
+        "data_sources": "; ".join(part.source() for part in data.summary.parts) or None,
         "num_train_images": len(data.train),
         "num_eval_images": len(data.evaluation),
         "qvl_version": qvl.__version__,
@@ -242,7 +261,7 @@ def _lora_of(adapter: str | None) -> dict[str, Any]:
     return {"lora_r": config["r"], "lora_alpha": config["lora_alpha"], "lora_dropout": config["lora_dropout"]}
 
 
-def _quieten_and_tame_libraries() -> None:
+def quieten_and_tame_libraries() -> None:
     """Settings that have to be made before the libraries are imported; the user's own values stay."""
     # Thread pools inside forked data loader workers deadlock; the tokenizers library warns on every fork otherwise.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -12,23 +12,23 @@ import io
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
+from markupsafe import Markup
 from PIL import Image
 
 from qvl import plots
 from qvl.files import read_jsonl, write_text_atomically
-from qvl.metrics import sufficient_statistics
+from qvl.gallery import GalleryRow, evenly_spaced, gallery_rows, item_score, most_telling, training_samples
 from qvl.redaction import redact
 from qvl.score_table import finite, score_rows
+from qvl.token_lengths import length_histogram
 
 MAX_PAGE_BYTES = 5_000_000
-MAX_GALLERY_EXAMPLES = 500
 
 _SETTINGS_SHOWN = (
     "model_name_or_path",
@@ -57,34 +57,10 @@ _SETTINGS_SHOWN = (
 _THUMBNAIL_STEPS = ((400, 80), (360, 76), (320, 72), (288, 68), (256, 64), (224, 58), (192, 52), (160, 46), (112, 40))
 _MAX_THUMBNAIL_BYTES = 30_000
 _MIN_THUMBNAIL_BYTES = 1_500
+_MAX_EVALUATIONS = 20
 _REPEATED_SPECIAL_TOKEN = re.compile(r"(<\|[^|<>]+\|>)\1{2,}")
 
 OpenImage = Callable[[str], Image.Image | None]
-
-
-@dataclass
-class GalleryRow:
-    """One example with both models' predictions; scores are ROUGE-L fractions, None where there is nothing to score."""
-
-    id: str
-    image_name: str | None
-    prompt: str
-    references: list[str]
-    baseline: str | None = None
-    finetuned: str | None = None
-    scores: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def gain(self) -> float | None:
-        """Fine-tuned minus baseline."""
-        if "baseline" in self.scores and "finetuned" in self.scores:
-            return self.scores["finetuned"] - self.scores["baseline"]
-        return None
-
-    @property
-    def sort_value(self) -> float:
-        """What the gallery sorts by: the gain, or the only score there is."""
-        return self.gain if self.gain is not None else next(iter(self.scores.values()), 0.0)
 
 
 def write_report(run_dir: Path, open_image: OpenImage, recipe: str | None = None) -> Path:
@@ -98,8 +74,11 @@ def write_report(run_dir: Path, open_image: OpenImage, recipe: str | None = None
     Returns:
         The page's path.
     """
-    gallery = _gallery(run_dir)
-    shown = _most_telling(gallery)
+    score = item_score(run_dir)
+    gallery = gallery_rows(run_dir, score)
+    shown = most_telling(gallery)
+    samples = training_samples(run_dir)
+    metrics = _read_json(run_dir / "metrics.json") or {}
     training_examples = _read_json(run_dir / "training_examples.json") or []
     script, style = _resource("report.js"), _resource("report.css")
     page = {
@@ -110,10 +89,14 @@ def write_report(run_dir: Path, open_image: OpenImage, recipe: str | None = None
         "script_hash": _csp_hash(script),
         "style_hash": _csp_hash(style),
         **_settings(run_dir),
-        **_scores(run_dir),
+        **_scores(metrics),
         **_losses(run_dir),
+        **_lengths(run_dir),
+        **_evaluations(run_dir, metrics.get("scores") or {}),
         "checks": _read_json(run_dir / "checks.json") or [],
         "training_examples": [_readable_segments(example) for example in training_examples],
+        "samples": samples,
+        "item_score": score,
         "gallery": shown,
         "num_left_out": len(gallery) - len(shown),
         "num_examples": len(gallery),
@@ -123,7 +106,8 @@ def write_report(run_dir: Path, open_image: OpenImage, recipe: str | None = None
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
         _resource("report.html.jinja")
     )
-    ids = list(dict.fromkeys([*(example["id"] for example in training_examples), *(row.id for row in shown)]))
+    evaluated = [*(sample.id for sample in samples), *(row.id for row in shown)]
+    ids = [*(example["id"] for example in training_examples), *evaluated]
     # The text's size is known once the page was rendered without pictures; they share what is left.
     text_bytes = len(template.render(page, pictures={}).encode())
     pictures = _pictures(ids, open_image, MAX_PAGE_BYTES - text_bytes)
@@ -132,20 +116,29 @@ def write_report(run_dir: Path, open_image: OpenImage, recipe: str | None = None
     return path
 
 
-def _scores(run_dir: Path) -> dict[str, Any]:
-    metrics = _read_json(run_dir / "metrics.json") or {}
-    stages = (("baseline", "baseline"), ("fine-tuned", "finetuned"))
-    bars = [(label, key, finite((metrics.get(key) or {}).get("bleu4"))) for label, key in stages]
-    known = [(label, key, value) for label, key, value in bars if value is not None]
+def _scores(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    rows = score_rows(metrics)
     return {
-        "scores": score_rows(metrics),
-        "bleu_plot": plots.score_bars("BLEU-4", known) if known else None,
+        "scores": [row for row in rows if not row["is_first_reference"]],
+        "first_reference_scores": [row for row in rows if row["is_first_reference"]],
+        "score_plot": _score_plot(metrics, rows[0]) if rows else None,
         "training": {
             key: f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"
             for key, value in (metrics.get("train") or {}).items()
             if finite(value) is not None
         },
     }
+
+
+def _score_plot(metrics: Mapping[str, Any], row: Mapping[str, Any]) -> Markup:
+    bars = []
+    for label, stage in (("baseline", "baseline"), ("fine-tuned", "finetuned")):
+        scores = metrics.get(stage) or {}
+        ends = (scores.get("interval") or {}).get(row["key"]) or {}
+        value, low, high = (finite(number) for number in (scores.get(row["key"]), ends.get("low"), ends.get("high")))
+        if value is not None:
+            bars.append(plots.Bar(label, stage, value, None if low is None or high is None else (low, high)))
+    return plots.score_bars(row["name"], bars)
 
 
 def _settings(run_dir: Path) -> dict[str, Any]:
@@ -172,43 +165,27 @@ def _losses(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def _gallery(run_dir: Path) -> list[GalleryRow]:
-    rows: dict[str, GalleryRow] = {}
-    for stage in ("baseline", "finetuned"):
-        path = run_dir / f"{stage}_predictions.jsonl"
-        predictions = read_jsonl(path) if path.exists() else []
-        for item in predictions:
-            new_row = GalleryRow(item["id"], item.get("image"), item.get("prompt") or "", item.get("references") or [])
-            setattr(rows.setdefault(item["id"], new_row), stage, item["prediction"])
-        _add_scores(rows, stage)
-    return list(rows.values())
+def _lengths(run_dir: Path) -> dict[str, Any]:
+    summary = _read_json(run_dir / "token_lengths.json")
+    return {"lengths": summary, "length_plot": length_histogram(summary) if summary else None}
 
 
-def _add_scores(rows: Mapping[str, GalleryRow], stage: str) -> None:
-    scorable = {row.id: row for row in rows.values() if row.references and getattr(row, stage) is not None}
-    if not scorable:
-        return
-    statistics = sufficient_statistics(
-        {row.id: getattr(row, stage) for row in scorable.values()},
-        {row.id: row.references for row in scorable.values()},
-    )
-    for row, rouge_l in zip(scorable.values(), statistics.rouge_l, strict=True):
-        row.scores[stage] = float(rouge_l)
+def _evaluations(run_dir: Path, scores: Mapping[str, Any]) -> dict[str, Any]:
+    """A table of the evaluations while training that had scores: held-out loss and what the run's scores are called."""
+    path = run_dir / "training_log.jsonl"
+    rows = [row for row in (read_jsonl(path) if path.exists() else []) if "eval_generation_seconds" in row]
+    rows = [rows[index] for index in evenly_spaced(range(len(rows)), _MAX_EVALUATIONS)]
+    labels = {name: entry["label"] for name, entry in scores.items() if any(f"eval_{name}" in row for row in rows)}
+    return {
+        "evaluation_columns": list(labels.values()),
+        "evaluations": [
+            {"step": row["step"], "values": [_four_places(row.get(f"eval_{name}")) for name in labels]} for row in rows
+        ],
+    }
 
 
-def _most_telling(gallery: list[GalleryRow]) -> list[GalleryRow]:
-    """At most `MAX_GALLERY_EXAMPLES`: a quarter each of the largest losses and gains, evenly spaced ones for the rest.
-
-    More would leave no bytes for pictures, nor patience for looking at them.
-    """
-    if len(gallery) <= MAX_GALLERY_EXAMPLES:
-        return gallery
-    ranked = sorted(range(len(gallery)), key=lambda index: gallery[index].sort_value)
-    quarter = MAX_GALLERY_EXAMPLES // 4
-    middle = ranked[quarter:-quarter]
-    num_spaced = MAX_GALLERY_EXAMPLES - 2 * quarter
-    spaced = [middle[index * len(middle) // num_spaced] for index in range(num_spaced)]
-    return [gallery[index] for index in sorted([*ranked[:quarter], *ranked[-quarter:], *spaced])]
+def _four_places(value: Any) -> str:
+    return "" if finite(value) is None else f"{value:.4f}"
 
 
 def _common_prompt(gallery: list[GalleryRow]) -> str | None:
@@ -229,13 +206,16 @@ def _counted(match: re.Match[str]) -> str:
 
 
 def _pictures(ids: list[str], open_image: OpenImage, max_bytes: int) -> dict[str, str]:
-    """Data URIs of the examples' pictures, of at most `max_bytes` characters in all where that is possible."""
+    """Data URIs of the examples' pictures, of at most `max_bytes` characters in all where that is possible.
+
+    An id that the page shows twice stands twice in `ids`, and its picture twice in the page.
+    """
     if not ids:
         return {}
     share = int(max_bytes / len(ids) * 3 / 4) - 120  # base64 makes 4 characters of 3 bytes; the tag around it
     share = min(max(share, _MIN_THUMBNAIL_BYTES), _MAX_THUMBNAIL_BYTES)
     pictures = {}
-    for example_id in ids:
+    for example_id in dict.fromkeys(ids):
         image = open_image(example_id)
         if image is not None:
             encoded = base64.b64encode(_thumbnail(image, share)).decode()

@@ -1,6 +1,7 @@
 """One row of a data set, in any accepted shape -> a record: images as written, typed messages, answers."""
 
 import difflib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ def read_row(row: Any, config: "DataConfig", row_to_example: RowToExample) -> Re
     if "messages" in row:
         return _conversation_record(row, read_messages(row["messages"]), config)
     if "conversations" in row:
-        return _conversation_record(row, read_conversations(row["conversations"]), config)
+        return _conversation_record(row, read_conversations(row["conversations"], row.get("system")), config)
     if "instruction" in row or "response" in row:
         return _finish(_instruction_row(row, config), "instruction", config)
     kind = "captions list" if "captions" in row else "caption columns"
@@ -193,7 +194,22 @@ def _conversation_record(row: dict[str, Any], messages: list[Message], config: "
             f"is a conversation, which has one answer, but --captions_per_image is {config.captions_per_image}:"
             " set it to 1"
         )
-    return Record("messages", images, None, [], messages, [message_text(answers[-1])], row.get("tools"))
+    return Record("messages", images, None, [], messages, [message_text(answers[-1])], _tools(row))
+
+
+def _tools(row: dict[str, Any]) -> list[Any] | None:
+    """The row's tool definitions; many files keep the list as JSON in a string."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise RowError(f'"tools" is text that is no JSON ({error}): write a list of tool definitions') from error
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError(f'"tools" is {json_type(tools)}, not a list of objects: write [{{"type": "function", ...}}]')
+    return tools
 
 
 def _finish(example: dict[str, Any], kind: str, config: "DataConfig") -> Record:

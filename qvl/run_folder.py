@@ -13,6 +13,7 @@ from qvl.errors import UserError
 from qvl.files import write_json_atomically
 
 OUTPUTS = Path("outputs")
+SAMPLES_FILE = "training_samples.jsonl"
 # fp32 weight and two fp32 moments of AdamW for every trained parameter.
 _CHECKPOINT_BYTES_PER_PARAMETER = 12
 _SPARE_BYTES = 256 * 2**20
@@ -132,7 +133,8 @@ def update_metrics(folder: Path, part: str, values: Mapping[str, Any]) -> dict[s
 
     Args:
         folder: the run folder.
-        part: "baseline", "finetuned", "difference", "train" or "cost" (seconds and memory of the evaluations).
+        part: "scores" (what they are called and which way is better), "baseline", "finetuned", "difference", "train"
+            or "cost" (seconds and memory of the evaluations).
         values: what the part becomes.
 
     Returns:
@@ -140,6 +142,7 @@ def update_metrics(folder: Path, part: str, values: Mapping[str, Any]) -> dict[s
     """
     path = folder / "metrics.json"
     empty: dict[str, Any] = {
+        "scores": {},
         "baseline": None,
         "finetuned": None,
         "difference": {},
@@ -167,7 +170,7 @@ def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
         for key, value in values.items():
             if isinstance(value, Mapping):
                 add(f"{prefix}{key}_", value)
-            elif isinstance(value, int | float):
+            elif isinstance(value, int | float) and not isinstance(value, bool):
                 flat[f"{prefix}{key}"] = float(value)
 
     add("", {key: value for key, value in metrics.items() if value})

@@ -1,13 +1,15 @@
 """The scores of both models side by side, as rows for the page and as the text printed at the end of a run."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from qvl.metrics import is_clear
+from qvl.metrics import FIRST_REFERENCE
 
-_SCORE_NAMES = {"bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "cider": "CIDEr"}
-_LEAST_RELATIVE_BASE = 1e-3
+NO_SCORES = "No scores yet: neither the stage baseline nor evaluate has run."
+_STAGES = ("baseline", "finetuned")
+_HEADER = ("", "baseline", "fine-tuned", "difference", "relative", "p")
+_WIDTHS = (23, 18, 18, 20, 16, 7)
 
 
 def comparison_table(metrics: Mapping[str, Any]) -> str:
@@ -17,57 +19,51 @@ def comparison_table(metrics: Mapping[str, Any]) -> str:
         metrics: the content of metrics.json; a stage may be missing or None.
 
     Returns:
-        Lines such as "BLEU-4      0.1009      0.1294  +0.0285 (+28%)" under a header, without a final newline.
+        Two lines a score under a header, the numbers and below them what they say with their 95% intervals, without a
+        final newline. Scores against the first reference only are left to the page.
     """
-    rows = score_rows(metrics)
+    rows = [row for row in score_rows(metrics) if not row["is_first_reference"]]
     if not rows:
-        return "No scores yet: neither the stage baseline nor evaluate has run."
-    lines = [f"{'':<12}{'baseline':>10}{'fine-tuned':>12}  difference"]
+        return NO_SCORES
+    lines = [_line(*_HEADER)]
     for row in rows:
-        change = f"{row['difference']} {row['relative']}".rstrip()
-        notes = [f"95% interval {row['interval']}" if row["interval"] else "", row["verdict"]]
-        numbers = f"{row['name']:<12}{row['baseline']:>10}{row['finetuned']:>12}  {change:<16}"
-        lines.append("  ".join([numbers, *filter(None, notes)]).rstrip())
-    stages = [metrics.get(stage) or {} for stage in ("baseline", "finetuned")]
-    counts = sorted({stage["num_examples"] for stage in stages if "num_examples" in stage})
+        lines.append(_line(*(row[key] for key in ("name", *_STAGES, "difference", "relative", "p_value"))))
+        intervals = [row[f"{key}_interval"] for key in (*_STAGES, "difference", "relative")]
+        if any(intervals):
+            lines.append(_line(f"  {row['verdict']}", *intervals, ""))
+    counts = sorted({stage["num_examples"] for stage in _stages(metrics) if "num_examples" in stage})
     if counts:
-        lines.append(f"on {' and '.join(f'{count:,}' for count in counts)} examples")
+        lines.append(f"on {' and '.join(f'{count:,}' for count in counts)} examples, with 95% intervals")
     return "\n".join(lines)
 
 
-def score_rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The score table's rows, formatted: name, baseline, finetuned, difference, relative, interval, verdict.
+def score_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The score table's rows, formatted.
 
-    What is unknown is "-" in the first four, "" in the others. BLEU-4, ROUGE-L and CIDEr come first, then any other
-    score that the run has.
+    Returns:
+        For each score, in the order of the run's: `key`, `name`, `is_first_reference`, the texts `baseline`,
+        `finetuned`, `difference` ("-" where unknown), `relative`, `p_value`, `verdict` and, for the first four of
+        them, `..._interval` ("" where unknown).
     """
-    baseline, finetuned = metrics.get("baseline") or {}, metrics.get("finetuned") or {}
-    others = [key for key in {**baseline, **finetuned} if key not in _SCORE_NAMES and key != "num_examples"]
+    known = metrics.get("scores") or {}
+    stages = dict(zip(_STAGES, _stages(metrics), strict=True))
+    present = [key for stage in stages.values() for key in stage if key not in ("num_examples", "interval")]
     rows = []
-    for key in [*_SCORE_NAMES, *others]:
-        before, after = finite(baseline.get(key)), finite(finetuned.get(key))
-        if before is None and after is None:
+    for key in dict.fromkeys([*(key for key in known if key in present), *present]):
+        values = {name: finite(stage.get(key)) for name, stage in stages.items()}
+        if all(value is None for value in values.values()):
             continue
-        row = {"name": _SCORE_NAMES.get(key, key), "baseline": _number(before), "finetuned": _number(after)}
-        interval = (metrics.get("difference") or {}).get(key) or {}
-        rows.append({**row, **_change(before, after, finite(interval.get("low")), finite(interval.get("high")))})
+        row = {
+            "key": key,
+            "name": (known.get(key) or {}).get("label", key),
+            "is_first_reference": key.endswith(FIRST_REFERENCE),
+        }
+        for name, stage in stages.items():
+            ends = (stage.get("interval") or {}).get(key)
+            row |= {name: _number(values[name]), f"{name}_interval": _range(ends, _number)}
+        both_known = None not in values.values()
+        rows.append({**row, **_change(((metrics.get("difference") or {}).get(key) or {}) if both_known else {})})
     return rows
-
-
-def _change(before: float | None, after: float | None, low: float | None, high: float | None) -> dict[str, str]:
-    change = {"difference": "-", "relative": "", "interval": "", "verdict": ""}
-    if before is None or after is None:
-        return change
-    # Adding zero turns a negative zero into a plain one.
-    change["difference"] = f"{round(after - before, 4) + 0.0:+.4f}"
-    # Against a score of practically nothing a percentage says nothing either.
-    if before >= _LEAST_RELATIVE_BASE:
-        change["relative"] = f"({(after - before) / before:+.0%})"
-    if low is not None and high is not None:
-        change["interval"] = f"{low:+.4f} to {high:+.4f}"
-        is_noise = not is_clear({"mean": after - before, "low": low, "high": high})
-        change["verdict"] = "no clear difference" if is_noise else ""
-    return change
 
 
 def finite(value: Any) -> float | None:
@@ -76,5 +72,39 @@ def finite(value: Any) -> float | None:
     return value if is_number and math.isfinite(value) else None
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _change(difference: Mapping[str, Any]) -> dict[str, str]:
+    """What metrics.json says of the difference of one score."""
+    mean, p_value = finite(difference.get("mean")), finite(difference.get("p_value"))
+    relative = difference.get("relative") or {}
+    percent = finite(relative.get("mean"))
+    return {
+        # Adding zero turns a negative zero into a plain one.
+        "difference": "-" if mean is None else _number(round(mean, 4) + 0.0, "+"),
+        "difference_interval": _range(difference, lambda value: _number(value, "+")),
+        "relative": "" if percent is None else f"{percent:+.0%}",
+        "relative_interval": _range(relative, "{:+.0%}".format),
+        "p_value": "" if p_value is None else f"{p_value:.3f}",
+        "verdict": difference.get("verdict") or "",
+    }
+
+
+def _stages(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [metrics.get(stage) or {} for stage in _STAGES]
+
+
+def _line(name: str, *cells: str) -> str:
+    widths = iter(_WIDTHS)
+    return (f"{name:<{next(widths)}}" + "".join(f"{cell:>{next(widths)}}" for cell in cells)).rstrip()
+
+
+def _range(ends: Mapping[str, Any] | None, number: Callable[[float], str]) -> str:
+    low, high = (finite((ends or {}).get(end)) for end in ("low", "high"))
+    return "" if low is None or high is None else f"{number(low)} to {number(high)}"
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    """Four places; fewer from 10 on, where perplexities lie."""
+    if value is None:
+        return "-"
+    places = 4 if abs(value) < 10 else 2 if abs(value) < 1000 else 1
+    return f"{value:{sign}.{places}f}"

@@ -276,7 +276,7 @@ def _as_type(key: str, value: Any, action: argparse.Action, hint: Any, origin: s
 
 
 def _item_as_type(key: str, item: Any, action: argparse.Action, origin: str) -> Any:
-    word = str(item).lower() if isinstance(item, bool) else str(item)
+    word = str(item).lower() if isinstance(item, bool) else json.dumps(item) if isinstance(item, dict) else str(item)
     try:
         converted = action.type(word) if callable(action.type) else item
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
@@ -297,7 +297,7 @@ def _as_arguments(overrides: Mapping[str, Any], actions: Mapping[str, argparse.A
     for key, value in overrides.items():
         _require_known(key, actions, "override")
         if isinstance(value, list | tuple):
-            words += [f"--{key}", *map(str, value)]
+            words += [f"--{key}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value)]
         else:
             words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     return words

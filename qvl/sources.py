@@ -1,4 +1,4 @@
-"""Where rows come from: local JSON lines, the embedded scenes, or a hub data set."""
+"""Where rows come from: local JSON lines, the embedded scenes and chats, or a hub data set."""
 
 import hashlib
 import json
@@ -16,6 +16,7 @@ from qvl.image_refs import TableImage, cache_folder
 from qvl.rows import RowError
 
 SCENES = "qvl/scenes"
+CHATS = "qvl/chats"
 # Enough to show a gain from training on a laptop, and drawn in a few seconds.
 NUM_SCENES_TO_TRAIN = 1000
 NUM_SCENES_TO_EVALUATE = 200
@@ -71,8 +72,8 @@ def open_source(config: DataConfig) -> Source:
         UserError: it does not exist, cannot be reached, or holds nothing that looks like rows.
     """
     name = config.dataset_name
-    if name == SCENES:
-        return _open_files(name, _scenes_folder(config))
+    if name in (SCENES, CHATS):
+        return _open_files(name, _generated_folder(config))
     path = Path(os.path.abspath(Path(name).expanduser()))
     if path.exists():
         return _open_files(name, path)
@@ -81,17 +82,20 @@ def open_source(config: DataConfig) -> Source:
     return _open_hub(config)
 
 
-def _scenes_folder(config: DataConfig) -> Path:
+def _generated_folder(config: DataConfig) -> Path:
+    """Scenes with captions, or chats about scenes, in the cache."""
     import qvl.scenes
 
     num_train = config.num_train_examples or NUM_SCENES_TO_TRAIN
     num_eval = config.num_eval_examples or NUM_SCENES_TO_EVALUATE
     # Scenes drawn by another version of the generator are other data, so its source is part of the name.
     version = hashlib.sha256(Path(qvl.scenes.__file__).read_bytes()).hexdigest()[:12]
-    folder = cache_folder() / f"scenes-{version}-{num_train}-{num_eval}-{config.seed}"
+    kind = config.dataset_name.removeprefix("qvl/")
+    write = {"scenes": qvl.scenes.write_scenes, "chats": qvl.scenes.write_chats}[kind]
+    folder = cache_folder() / f"{kind}-{version}-{num_train}-{num_eval}-{config.seed}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        return Path(qvl.scenes.write_scenes(folder, num_train, num_eval, config.seed))
+        return Path(write(folder, num_train, num_eval, config.seed))
     except OSError as error:
         raise UserError(f"the cache folder cannot be written ({error}): set XDG_CACHE_HOME to one that can.") from error
 

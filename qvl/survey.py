@@ -176,9 +176,10 @@ def _visual_tokens(row: dict[str, Any], text: str, processing_class: ProcessingC
             "images. "
             + ("Its text holds the placeholder itself: remove it." if num_places else "This model takes text only.")
         )
-    return [_visual_tokens_of_size(processing_class, height, width) for width, height in sizes]
+    return [num_visual_tokens(processing_class, height, width) for width, height in sizes]
 
 
 @lru_cache(maxsize=65536)
-def _visual_tokens_of_size(processing_class: ProcessorMixin, height: int, width: int) -> int:
+def num_visual_tokens(processing_class: ProcessorMixin, height: int, width: int) -> int:
+    """Visual tokens that a processor makes of an image of this size in pixels, EXIF rotation applied."""
     return int(processing_class._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0])

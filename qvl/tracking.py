@@ -22,6 +22,7 @@ from qvl.redaction import redact, redact_known_secrets
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
+    from PIL.Image import Image
 
 # MLflow's own limits are 6000 for a parameter and 8000 for a tag (5000 before 2.12).
 _MAX_PARAM_CHARACTERS = 6000
@@ -106,6 +107,11 @@ class RunRecord:
         with self._tolerating_failure():
             self._store.client.log_dict(self.run_id, table, _PREDICTIONS_TABLE)
             self._store.client.set_tag(self.run_id, "mlflow.loggedArtifacts", marker)
+
+    def log_picture(self, picture: "Image", key: str, step: int) -> None:
+        """Logs a picture of a training step; MLflow's UI shows those of one key behind a slider."""
+        with self._tolerating_failure():
+            self._store.client.log_image(self.run_id, picture, key=key, step=step, synchronous=True)
 
     def _describe(self, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         from mlflow.entities import Param, RunTag

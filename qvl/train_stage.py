@@ -3,25 +3,37 @@
 import copy
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
+from transformers import PreTrainedModel
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
 from qvl import adapters, checks, run_folder
 from qvl.active_run import Run
+from qvl.answer_distributions import answer_distributions
 from qvl.collators import CompletionCollator
 from qvl.data import separate_completions
-from qvl.encode import segments, tokenizer_of
-from qvl.errors import Terminated, UserError
+from qvl.encode import tokenizer_of
+from qvl.errors import Terminated
+from qvl.eval_generations import EvalGenerations
 from qvl.examples import undecoded_examples
+from qvl.features import require_frozen_vision
 from qvl.files import read_jsonl, write_json_atomically, write_jsonl_atomically
-from qvl.survey import describe_lengths, fit_rows, training_lengths
+from qvl.fp8 import quantize_frozen_base
+from qvl.shared_prefix import SharedPrefixCollator, marked_parts
+from qvl.survey import fit_rows, training_lengths
 from qvl.trainer import build_trainer, train
+from qvl.training_checks import GradientWatch, check_base_kept
+from qvl.training_form import training_form
+from qvl.training_rows import prepare_training_rows
+from qvl.turns import truncate_turns
+from qvl.vision_attention import use_varlen_vision_attention
 
 _NUM_EXAMPLES_SHOWN = 3
 _NUM_BATCHES_CHECKED = 4
@@ -36,22 +48,31 @@ def train_adapter(run: Run, resume_from: Path | None) -> None:
     """
     rows, collator = prepare_training_rows(run)
     base = run.load_base()
-    forward = base.__dict__.get("forward")
-    model = adapters.add_adapter(base, run.settings)
-    report = adapters.report_parameters(model)
-    print("\n".join(report.lines()), flush=True)
-    adapters.require_adapter_in_language_model(report)
-    args = _trainer_arguments(run)
-    run_folder.require_space(run.folder, report.num_trainable, 2 + (args.save_total_limit or 2))
-    _require_good_batches(run, rows, collator)
+    before_adapter = _distributions_of_first(run, base, rows)
+    with training_form(run, base, collator):
+        model = adapters.add_adapter(base, run.settings)
+        report = adapters.report_parameters(model)
+        print("\n".join(report.lines()), flush=True)
+        adapters.require_adapter_in_language_model(report)
+        if run.settings.recipe.cache_vision_features:
+            require_frozen_vision(model)
+        args = trainer_arguments(run)
+        run_folder.require_space(run.folder, report.num_trainable, 2 + (args.save_total_limit or 2))
+        _require_good_batches(run, rows, collator)
+        if run.settings.recipe.base_precision == "fp8":
+            # Its own weights are gone: the next stage loads the base again.
+            run.base = None
+            print("\n".join(quantize_frozen_base(model).lines()), flush=True)
 
-    # Of the model as the trainer leaves it: it casts adapters.
-    trainer = build_trainer(model, run.processing_class, rows, _held_out(run), args, collator)
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    before = checks.hash_parameters(model)
-    log = _TrainingLog(run, resume_from)
-    result = train(trainer, log.add, resume_from)
-    _leave_trainer(model, forward)
+        generations = EvalGenerations(run, model, resume_from) if run.settings.recipe.eval_generations else None
+        # Of the model as the trainer leaves it: it casts adapters.
+        trainer = build_trainer(model, run.processing_class, rows, _held_out(run), args, collator, generations)
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        before = checks.hash_parameters(model)
+        gradients = GradientWatch(model)
+        trainer.add_callback(gradients)
+        log = _TrainingLog(run, resume_from)
+        result = train(trainer, log.add, resume_from, run.settings.recipe.early_stopping_patience)
     if result.terminated:
         print("SIGTERM: checkpoint saved; go on with --resume_from_checkpoint true.", flush=True)
         raise Terminated
@@ -60,31 +81,31 @@ def train_adapter(run: Run, resume_from: Path | None) -> None:
         checks.check_placement(report),
         checks.check_frozen(before, after, trainable),
         checks.check_adapter_moved(before, after, trainable),
+        *gradients.verdicts(),
     ]
+    if run.base is not None:
+        with model.disable_adapter():
+            verdicts.append(check_base_kept(before_adapter, _distributions_of_first(run, model, rows)))
     save_adapter(run, model)
-    run.put_metrics("train", result.summary)
+    run.put_metrics("train", {**result.summary, **_cost_of(generations, result.summary)})
     run_folder.update_checks(run.folder, [check.as_dict() for check in verdicts])
     model.unload()
     if not run.settings.recipe.keep_checkpoints:
         shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
-    _stop_on_failure(verdicts)
+    checks.require_passed(verdicts)
     print(f"{len(verdicts)} checks passed: adapter placed right and moved, frozen tensors unchanged.", flush=True)
 
 
-def prepare_training_rows(run: Run) -> tuple[Dataset, CompletionCollator]:
-    """One row per answer, fitting `max_length` by the policy chosen, and the collator for them."""
-    recipe, max_length = run.settings.recipe, run.settings.training.max_length
-    rows = separate_completions(run.data.train)
-    lengths = training_lengths(rows, run.processing_class)
-    print("\n".join(describe_lengths(lengths)), flush=True)
-    fitting = fit_rows(rows, lengths, max_length, recipe.overlong)
-    num_dropped = len(rows) - len(fitting)
-    if num_dropped:
-        print(f"--overlong drop: {num_dropped} of {len(rows)} rows are longer than {max_length} tokens and left out.")
-    run.record.log_metrics(
-        {"num_overlong_rows_dropped": num_dropped, "num_bad_rows_skipped": run.data.summary.num_skipped}
-    )
-    return fitting, CompletionCollator(run.processing_class, max_length, recipe.overlong == "truncate_text")
+def _distributions_of_first(run: Run, model: PreTrainedModel | PeftModel, rows: Dataset) -> list[torch.Tensor]:
+    """What a model says along the answer of the first row, to be compared with what it says later."""
+    use_varlen_vision_attention(model.get_base_model() if isinstance(model, PeftModel) else model)
+    row = dict(rows[0])
+    if "completions" in row:
+        text = row.pop("completions")[0]
+        row["completion"] = [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
+    truncate = run.settings.recipe.overlong == "truncate_text"
+    collator = CompletionCollator(run.processing_class, run.settings.training.max_length, truncate)
+    return answer_distributions(model, [row], collator)
 
 
 def save_adapter(run: Run, model: PeftModel) -> None:
@@ -107,6 +128,10 @@ def save_adapter(run: Run, model: PeftModel) -> None:
             "dtype": options.dtype,
             "load_in_4bit": options.load_in_4bit,
             "load_in_8bit": options.load_in_8bit,
+            "base_precision": run.settings.recipe.base_precision,
+            "bnb_4bit_quant_type": options.bnb_4bit_quant_type,
+            "use_bnb_nested_quant": options.use_bnb_nested_quant,
+            "attn_implementation": options.attn_implementation,
             "size": dict(getattr(getattr(run.processing_class, "image_processor", None), "size", None) or {}),
             "max_length": run.settings.training.max_length,
         },
@@ -133,7 +158,7 @@ class _TrainingLog:
         self.run.record.log_metrics(logs, step=step)
 
 
-def _require_good_batches(run: Run, rows: Dataset, collator: CompletionCollator) -> None:
+def _require_good_batches(run: Run, rows: Dataset, collator: CompletionCollator | SharedPrefixCollator) -> None:
     """Shows what is trained on and checks labels and placeholders of the first batches, before step 0."""
     shown = [
         {
@@ -141,7 +166,7 @@ def _require_good_batches(run: Run, rows: Dataset, collator: CompletionCollator)
             "where": row["where"],
             "image_names": row["image_names"],
             "segments": [
-                {"text": part.text, "is_target": part.is_target} for part in segments(row, run.processing_class)
+                {"text": part.text, "is_target": part.is_target} for part in marked_parts(row, run.processing_class)
             ],
         }
         for row in _first_of_different_images(rows)
@@ -161,7 +186,7 @@ def _require_good_batches(run: Run, rows: Dataset, collator: CompletionCollator)
         checks.check_placeholders(batches[0], image_id, getattr(image_processor, "merge_size", 1)),
     ]
     run_folder.update_checks(run.folder, [check.as_dict() for check in verdicts])
-    _stop_on_failure(verdicts)
+    checks.require_passed(verdicts)
 
 
 def _first_of_different_images(rows: Dataset) -> list[dict[str, Any]]:
@@ -183,13 +208,7 @@ def _indented(text: str) -> list[str]:
     return [f"  | {line}" for line in text.split("\n")]
 
 
-def _stop_on_failure(verdicts: Sequence[checks.Check]) -> None:
-    broken = checks.failed(verdicts)
-    if broken:
-        raise UserError("\n".join(["These checks failed, so the result cannot be trusted:", *checks.table(broken)]))
-
-
-def _trainer_arguments(run: Run) -> SFTConfig:
+def trainer_arguments(run: Run) -> SFTConfig:
     """SFTConfig for the trainer: its folder is checkpoints/, and what qvl has done already is taken out.
 
     A shallow copy: `dataclasses.replace` would run __post_init__ on its own results.
@@ -206,6 +225,10 @@ def _trainer_arguments(run: Run) -> SFTConfig:
         # The collator makes the labels, SFTTrainer would look for a template of its own.
         "assistant_only_loss": False,
         "completion_only_loss": None,
+        # The collator packs, SFTTrainer would refuse it for images.
+        "padding_free": False,
+        # It does so for text-only models; the collator takes the rows as they are.
+        "dataset_kwargs": {"skip_prepare_dataset": True},
         # A NaN that is logged as the average of what came before cannot be seen.
         "logging_nan_inf_filter": False,
         "resume_from_checkpoint": None,
@@ -216,20 +239,20 @@ def _trainer_arguments(run: Run) -> SFTConfig:
 
 
 def _held_out(run: Run) -> Dataset | None:
-    """Rows for the held-out loss during training, if it is asked for."""
-    if run.settings.training.eval_strategy == IntervalStrategy.NO and not run.settings.training.eval_on_start:
+    """Rows for the held-out loss during training, if it is asked for; those too long go the way of training rows."""
+    training, recipe = run.settings.training, run.settings.recipe
+    if training.eval_strategy == IntervalStrategy.NO and not training.eval_on_start:
         return None
-    return separate_completions(run.data.evaluation)
+    rows = separate_completions(run.for_model(run.data.evaluation))
+    lengths = training_lengths(rows, run.processing_class)
+    if recipe.overlong == "truncate_turns" and training.max_length is not None:
+        return truncate_turns(rows, lengths, training.max_length, run.processing_class).dataset
+    return fit_rows(rows, lengths, training.max_length, recipe.overlong)
 
 
-def _leave_trainer(model: PeftModel, forward: Any) -> None:
-    """Takes off what SFTTrainer and accelerate put on the base model, so that it generates as it did before."""
-    base = model.get_base_model()
-    if hasattr(model, "disable_input_require_grads"):
-        model.disable_input_require_grads()
-    # The name that transformers has had since 5.23, else the older one.
-    getattr(base, "activation_checkpointing_disable", base.gradient_checkpointing_disable)()
-    base.__dict__.pop("forward", None)
-    if forward is not None:
-        base.forward = forward
-    base.config.use_cache = True
+def _cost_of(generations: EvalGenerations | None, summary: Mapping[str, Any]) -> dict[str, float]:
+    """What the answers while training took: seconds, and their share of the training."""
+    if generations is None:
+        return {}
+    seconds = generations.seconds
+    return {"eval_generations_seconds": seconds, "eval_generations_share": seconds / summary["seconds"]}

@@ -15,28 +15,47 @@ from datasets import Dataset
 from packaging.version import Version
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import (
+    EarlyStoppingCallback,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from qvl.collators import CompletionCollator
 from qvl.encode import ProcessingClass
 from qvl.errors import UserError
+from qvl.examples import without_images
+from qvl.features import encoder_inputs
+from qvl.held_out import means, token_sums
 from qvl.memory_use import peak_gib, reset_peak
+from qvl.segment_attention import block_mask
+from qvl.shared_prefix import SharedPrefixCollator
 
 # A loss scaler starts at 65,536 and halves at every overflow; below 1 it scales gradients down, into fp16's underflow.
 _SMALLEST_LOSS_SCALE = 1.0
 
 Log = Callable[[dict[str, float], int], None]
+# From a step to scores of answers that the model gives there.
+ScoreAnswers = Callable[[int], dict[str, float]]
 
 
 class CompletionTrainer(SFTTrainer):
     """SFTTrainer that also logs samples/s, tokens/s, the data-wait share of the time and peak GiB.
 
-    The loss, the step and everything else is upstream's.
+    Its held-out loss, accuracy and entropy are means over tokens, not over batches, and come with the perplexity. The
+    training loss, the step and everything else is upstream's.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, score_answers: ScoreAnswers | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self._score_answers = score_answers
+        self._held_out_sums = torch.zeros(0)
         # Qwen-VL models declare that they take no `num_items_in_batch`, which makes Trainer average the losses of
         # micro-batches whatever their token counts: 4 x 1 and 1 x 4 then differ by a third. SFTTrainer's loss takes it.
         self.model_accepts_loss_kwargs = True
@@ -52,8 +71,55 @@ class CompletionTrainer(SFTTrainer):
         start = time.perf_counter()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._interval_wait_seconds += time.perf_counter() - start
-        self._interval_samples += sum(len(batch["input_ids"]) for batch in batches)
+        self._interval_samples += sum(_pop_num_answers(batch) for batch in batches)
         return batches, num_items
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Upstream's, with what is easier made on the device than sent to it."""
+        inputs = super()._prepare_inputs(inputs)
+        inputs.pop("num_answers", None)
+        # Rows that hold one sample each are short, and SDPA with a dense mask is the faster one there.
+        if getattr(self.data_collator, "padding_free", False) and inputs["segment_ids"].is_cuda:
+            inputs["block_mask"] = block_mask(inputs["segment_ids"])
+        return encoder_inputs(inputs, self.model)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        """The loss of a batch; what it is the mean of is added up for `evaluation_loop`."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            sums = token_sums(self.accelerator.unwrap_model(model), inputs)
+        # Rows that fill up the last batch of a process are left out here.
+        self._held_out_sums += self.accelerator.gather_for_metrics(sums.stacked()).sum(dim=0)
+        return sums.losses.sum() / sums.num_tokens.sum().clamp(min=1), None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Upstream's, with means over tokens in place of its mean of batches, and the scores of generated answers."""
+        start = time.perf_counter()
+        self._held_out_sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        # Data loaders draw seeds, and sampling is seeded: training must go the same with and without an evaluation.
+        with torch.random.fork_rng(devices=[self.args.device] if self.args.device.type == "cuda" else []):
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+            found = means(self._held_out_sums.tolist())
+            if self._score_answers is not None:
+                found |= self._score_answers(self.state.global_step)
+        # Here upstream's choice of the best checkpoint, its early stopping and its log all see them.
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        # Not time in which the training could have trained.
+        self._interval_start += time.perf_counter() - start
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Upstream's, with throughput since the last training log added. One process's share, times their number."""
@@ -67,6 +133,11 @@ class CompletionTrainer(SFTTrainer):
             self._interval_first_token = num_tokens
             self._interval_start, self._interval_wait_seconds, self._interval_samples = time.perf_counter(), 0.0, 0
         super().log(logs, start_time)
+
+
+def _pop_num_answers(batch: dict[str, Any]) -> int:
+    """Answers in a batch: a row each, unless its collator says otherwise."""
+    return int(batch.pop("num_answers", len(batch["input_ids"])))
 
 
 class LogCallback(TrainerCallback):
@@ -191,14 +262,19 @@ def build_trainer(
     train_dataset: Dataset,
     eval_dataset: Dataset | None,
     args: SFTConfig,
-    collator: CompletionCollator,
+    collator: CompletionCollator | SharedPrefixCollator,
+    score_answers: ScoreAnswers | None = None,
 ) -> CompletionTrainer:
     """The trainer, with fp32 adapters whatever the base is.
 
     SFTTrainer casts the adapters of a quantized base to bf16, which a GPU without bf16 cannot scale and which loses
     updates smaller than 1/256 of a weight.
     """
+    if not isinstance(processing_class, ProcessorMixin):
+        train_dataset = without_images(train_dataset)
+        eval_dataset = without_images(eval_dataset) if eval_dataset is not None else None
     trainer = CompletionTrainer(
+        score_answers=score_answers,
         model=model,
         args=args,
         data_collator=collator,
@@ -212,13 +288,16 @@ def build_trainer(
     return trainer
 
 
-def train(trainer: CompletionTrainer, log: Log, resume_from: Path | None) -> TrainingResult:
+def train(
+    trainer: CompletionTrainer, log: Log, resume_from: Path | None, early_stopping_patience: int | None = None
+) -> TrainingResult:
     """Runs the training.
 
     Args:
         trainer: from `build_trainer`.
         log: called with every log and its step.
         resume_from: checkpoint folder to go on from.
+        early_stopping_patience: evaluations without improvement of `metric_for_best_model` that end it; None for none.
     """
     scaler = lambda: s.get_scale() if (s := trainer.accelerator.scaler) is not None else None  # noqa: E731
     termination = SaveOnTermination()
@@ -231,6 +310,8 @@ def train(trainer: CompletionTrainer, log: Log, resume_from: Path | None) -> Tra
     trainer.add_callback(LogCallback(keep))
     trainer.add_callback(DivergenceWatchdog(trainer.model, scaler))
     trainer.add_callback(termination)
+    if early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience))
     reset_peak()
     start = time.perf_counter()
     output = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -245,5 +326,14 @@ def train(trainer: CompletionTrainer, log: Log, resume_from: Path | None) -> Tra
         "num_steps": output.global_step,
         "num_tokens": last.get("num_tokens"),
         "data_wait_share": last.get("data_wait_share"),
+        **_best(trainer),
     }
     return TrainingResult(summary, termination.requested)
+
+
+def _best(trainer: CompletionTrainer) -> dict[str, float]:
+    """Which checkpoint `load_best_model_at_end` has loaded, and its metric."""
+    state = trainer.state
+    if not trainer.args.load_best_model_at_end or state.best_global_step is None or state.best_metric is None:
+        return {}
+    return {"best_step": state.best_global_step, "best_metric": state.best_metric}

@@ -246,6 +246,20 @@ def test_llava_conversations(folder: Path) -> None:
     assert len(prompt_messages(example)) == 3
 
 
+def test_a_sharegpt_row_may_have_its_system_prompt_and_tools_beside_the_turns(folder: Path) -> None:
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    tool = {"type": "function", "function": {"name": "look"}}
+    rows = [
+        {"conversations": turns, "system": "Be kind.", "tools": json.dumps([tool])},
+        {"conversations": turns, "system": "", "tools": ""},
+        {"conversations": [{"from": "system", "value": "Be brief."}, *turns]},
+    ]
+    train = load(folder, rows).train
+    systems = [[m["content"] for m in row["messages"] if m["role"] == "system"] for row in train]
+    assert systems == [[[text("Be kind.")]], [], [[text("Be brief.")]]]
+    assert [row["tools"] for row in train] == [[tool], None, None]
+
+
 def test_absolute_and_file_url_paths_are_taken_as_written(folder: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside picture.png"
     outside.write_bytes(picture(42))
@@ -522,6 +536,15 @@ REJECTED = [
     ("conversations empty", {"conversations": []}, '"conversations" is no filled list', "write ["),
     ("turn without value", {"conversations": [{"from": "human"}]}, "turn 0", '{"from": ..., "value": ...}'),
     ("misspelt format", {"mesages": []}, 'is "mesages" meant to be "messages"?', "add it"),
+    (
+        "two system prompts",
+        {"conversations": [{"from": "system", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "c"},
+        "a system prompt under",
+        "keep one",
+    ),
+    ("system is no text", {"conversations": [{"from": "gpt", "value": "b"}], "system": 3}, '"system" is no', "quotes"),
+    ("tools are no JSON", chat("a") | {"tools": "look"}, '"tools" is text that is no JSON', "tool definitions"),
+    ("tools are no list", chat("a") | {"tools": '{"type": "function"}'}, '"tools" is an object', "write ["),
     ("unknown from", {"conversations": [{"from": "me", "value": "a"}]}, 'from "me"', "known are human"),
 ]
 

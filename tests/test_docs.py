@@ -156,7 +156,7 @@ def test_links_and_files_named_in_the_text_exist(name: str) -> None:
         if fragment:
             assert fragment in map(anchor, headings(read(path or name))), target
     files = re.findall(r"`((?:qvl|recipes|tests|environments)/[\w./-]+)`", text)
-    embedded = {"qvl/scenes", *(f"qvl/{path.name}" for path in (PROJECT / "qvl" / "assets").iterdir())}
+    embedded = {"qvl/scenes", "qvl/chats", *(f"qvl/{path.name}" for path in (PROJECT / "qvl" / "assets").iterdir())}
     assert [file for file in files if file not in embedded and not (PROJECT / file).exists()] == []
 
 

@@ -176,3 +176,27 @@ def test_no_special_token_is_added(name: str) -> None:
     assert tokenizer_of(processing_class(name)).decode(ids[0]) == "a dog"
     assert inputs == {}
     assert isinstance(processing_class(name), ProcessorMixin) == (name != CHAT)
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 2, "b": 2}', '{"a":2,"b":2}', {"a": 2, "b": 2}])
+@pytest.mark.parametrize("name", [VISION[0], CHAT])
+def test_arguments_as_openai_writes_them_are_not_quoted_twice(name: str, arguments: Any) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    turns = [message("user", "2+2?"), {**message("assistant", ""), "tool_calls": [call]}]
+    parts = segments({"where": "row", "messages": turns, "tools": [TOOL]}, processing_class(name))
+    assert parts[-1].text == '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call><|im_end|>'
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ({"function": {"name": "add", "arguments": "{a: 2"}}, "'add' are no JSON"),
+        ({"function": {"name": "add", "arguments": "[2]"}}, "'add' are no JSON object"),
+        ({"function": {"arguments": {}}}, "a tool call has to be"),
+        ("add", "a tool call has to be"),
+    ],
+)
+def test_a_tool_call_that_cannot_be_read(call: Any, said: str) -> None:
+    turns = [message("user", "2+2?"), {**message("assistant", ""), "tool_calls": [call]}]
+    with pytest.raises(UserError, match=rf"^chat\.jsonl:3: .*{said}"):
+        segments({"where": "chat.jsonl:3", "messages": turns}, processing_class(CHAT))

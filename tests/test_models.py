@@ -34,6 +34,7 @@ from qvl.models import (
     model_source,
     skeleton,
 )
+from qvl.padding_token import ensure_padding_token
 from qvl.settings import parse_settings
 
 LLAVA = "CLIP + Qwen3"
@@ -334,16 +335,33 @@ def copy_of(name: str, folder: Path, **changes: Any) -> Path:
     return target
 
 
-def test_a_model_without_chat_template_or_padding_token(tmp_path: Path) -> None:
-    folder = copy_of(CHAT, tmp_path, pad_token=None, tokenizer_class="PreTrainedTokenizerFast")
+def test_a_model_without_chat_template(tmp_path: Path) -> None:
+    folder = copy_of(CHAT, tmp_path)
     with pytest.raises(UserError, match="no chat template"):
         load_processing_class(settings_for(str(folder)))
-    (tmp_path / "own.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
-    own = ["--chat_template_path", str(tmp_path / "own.jinja")]
-    with pytest.raises(UserError, match="no padding token"):
-        load_processing_class(settings_for(str(folder), *own))
     with pytest.raises(UserError, match=r"--chat_template_path no\.jinja"):
         load_processing_class(settings_for(CHAT, "--chat_template_path", "no.jinja"))
+
+
+@pytest.mark.parametrize("pad_token", [None, "<|im_end|>"], ids=["missing", "end_token"])
+def test_padding_is_never_an_answers_end(pad_token: str | None, tmp_path: Path) -> None:
+    folder = copy_of(CHAT, tmp_path, pad_token=pad_token, tokenizer_class="PreTrainedTokenizerFast")
+    (folder / "chat_template.jinja").symlink_to(ASSETS / "tiny-qwen3-chat" / "chat_template.jinja")
+    tokenizer = load_processing_class(settings_for(str(folder)))
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    rows = [conversation([("Hi", "Hello")]), conversation([("What colour is it ?", "red"), ("Why ?", "blue")])]
+    batch = CompletionCollator(tokenizer, None)(rows)
+    labels = batch["labels"][batch["labels"] != -100].tolist()
+    assert labels.count(tokenizer.eos_token_id) == 3
+    assert tokenizer.pad_token_id not in labels
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.pad_token_id).all()
+
+
+def test_a_vocabulary_without_a_token_to_spare_for_padding(tmp_path: Path) -> None:
+    tokenizer = load_processing_class(settings_for(CHAT))
+    tokenizer.pad_token = None
+    with pytest.raises(UserError, match="no special token to spare"):
+        ensure_padding_token(tokenizer, "".join(tokenizer.get_vocab()))
 
 
 def test_an_own_chat_template_is_used_and_saved(tmp_path: Path) -> None:

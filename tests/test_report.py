@@ -12,18 +12,57 @@ import pytest
 from PIL import Image, ImageDraw
 
 from qvl.files import read_jsonl, write_json_atomically, write_jsonl_atomically
-from qvl.plots import loss_curve
-from qvl.report import MAX_GALLERY_EXAMPLES, MAX_PAGE_BYTES, write_report
+from qvl.gallery import MAX_GALLERY_EXAMPLES, evenly_spaced
+from qvl.plots import Bar, loss_curve, score_bars
+from qvl.report import MAX_PAGE_BYTES, write_report
 from qvl.score_table import comparison_table
 
 MARKUP = "<script>document.title='run'</script><img src=x onerror=\"document.title='run'\"> a \"dog\" & </script> cat"
+SCORES = {
+    "bleu4": {"label": "BLEU-4", "higher_is_better": True},
+    "rouge_l": {"label": "ROUGE-L", "higher_is_better": True},
+    "cider": {"label": "CIDEr", "higher_is_better": True},
+    "bleu4_first_reference": {"label": "BLEU-4, first reference", "higher_is_better": True},
+    "perplexity": {"label": "perplexity", "higher_is_better": False},
+}
 METRICS = {
-    "baseline": {"bleu4": 0.1009, "rouge_l": 0.342, "cider": 0.5943, "num_examples": 500},
-    "finetuned": {"bleu4": 0.1294, "rouge_l": 0.401, "cider": 0.601, "num_examples": 500},
+    "scores": SCORES,
+    "baseline": {
+        "bleu4": 0.1009,
+        "rouge_l": 0.342,
+        "cider": 0.5943,
+        "bleu4_first_reference": 0.0712,
+        "perplexity": 2401.61,
+        "num_examples": 500,
+        "interval": {"bleu4": {"low": 0.0921, "high": 0.1103}, "perplexity": {"low": 1822.7, "high": 3137.3}},
+    },
+    "finetuned": {
+        "bleu4": 0.1294,
+        "rouge_l": 0.401,
+        "cider": 0.601,
+        "bleu4_first_reference": 0.0913,
+        "perplexity": 13.25,
+        "num_examples": 500,
+        "interval": {"bleu4": {"low": 0.119, "high": 0.1402}, "perplexity": {"low": 12.1, "high": 14.4}},
+    },
     "difference": {
-        "bleu4": {"mean": 0.0285, "low": 0.021, "high": 0.0361},
+        "bleu4": {
+            "mean": 0.0285,
+            "low": 0.021,
+            "high": 0.0361,
+            "p_value": 0.002,
+            "relative": {"mean": 0.282, "low": 0.12, "high": 0.453},
+            "verdict": "better",
+        },
         "rouge_l": {"mean": 0.059, "low": None, "high": None},
-        "cider": {"mean": 0.0067, "low": -0.01, "high": 0.02},
+        "cider": {
+            "mean": 0.0067,
+            "low": -0.01,
+            "high": 0.02,
+            "p_value": 0.458,
+            "relative": {"mean": 0.0113, "low": -0.02, "high": 0.034},
+            "verdict": "no clear difference",
+        },
     },
     "train": {"samples_per_second": 38.2, "peak_gib": 20.61, "final_loss": None},
 }
@@ -48,6 +87,8 @@ def _rows(stage: str, num_examples: int) -> list[dict[str, Any]]:
             "prompt": "Describe the image.",
             "prediction": f"a dog runs {words} {'x ' * (index % 5)}",
             "references": [f"a dog runs over the green field number {index}", "another <b>reference</b>"],
+            # Gains that differ, the first one a loss.
+            "scores": {"rouge_l": 0.4 + (0.1 * (index % 7) - 0.05 if stage == "finetuned" else 0.0)},
         }
         for index in range(num_examples)
     ]
@@ -64,6 +105,13 @@ def run_dir(tmp_path: Path) -> Path:
     write_jsonl_atomically(folder / "finetuned_predictions.jsonl", finetuned)
     write_json_atomically(folder / "metrics.json", METRICS)
     log: list[dict[str, Any]] = [{"step": step, "loss": 3 / step, "grad_norm": 1.0} for step in range(1, 40)]
+    log += [{"step": 20, "eval_bleu4": 0.25, "eval_perplexity": 13.0, "eval_generation_seconds": 1.5}]
+    samples = [
+        {**row, "step": step, "prediction": f"answer of step {step} {MARKUP}"}
+        for step in (0, 20)
+        for row in baseline[:2]
+    ]
+    write_jsonl_atomically(folder / "training_samples.jsonl", samples)
     log += [{"step": 40, "loss": float("nan")}, {"step": 40, "eval_loss": 0.5}, {"train_runtime": 3.0}]
     write_jsonl_atomically(folder / "training_log.jsonl", log)
     segments = [
@@ -195,15 +243,24 @@ def test_page_fits_the_window_in_both_modes(browser: Any, run_dir: Path, width: 
 
 def test_page_holds_every_part_and_no_secret(run_dir: Path):
     page = write_report(run_dir, _photo).read_text()
-    for text in ("Qwen/Qwen3-VL-8B-Instruct", "q_proj, v_proj", "+0.0285 (+28%)", "+0.0210 to +0.0361", "38.2"):
+    for text in ("Qwen/Qwen3-VL-8B-Instruct", "q_proj, v_proj", "38.2"):
+        assert text in page
+    for text in ("+0.0285", "+0.0210 to +0.0361", "0.0921 to 0.1103", "+28%", "+12% to +45%", "2401.6", "p = 0.002"):
         assert text in page
     assert page.count("no clear difference") == 1
+    assert page.index("CIDEr") < page.index("perplexity") < page.index("Against the first reference only")
+    assert page.index("Against the first reference only") < page.index("BLEU-4, first reference")
+    assert page.count('class="whisker"') == 2
     assert "<|image_pad|> × 192".replace("<", "&lt;").replace(">", "&gt;") in page
     assert "<mark>A cat.&lt;|im_end|&gt;</mark>" in page
     assert page.count("✓ passed") == 1
     assert page.count("✗ failed") == 1
     assert "my-own-secret" not in page
-    assert page.count("<img ") == page.count('src="data:image/jpeg;base64,') == 7
+    # One of training, six of the gallery, and two of them again where the answers while training are.
+    assert page.count("<img ") == page.count('src="data:image/jpeg;base64,') == 9
+    assert 'id="samples-title"' in page
+    assert "<span>step 20</span>answer of step 20" in page
+    assert "<td>0.2500</td>" in page
     assert "http://" not in page
     assert "https://" not in page
     assert page.count("<script") == 1
@@ -219,8 +276,8 @@ def test_five_hundred_pictures_stay_under_the_limit(tmp_path: Path):
 
 def test_of_too_many_examples_the_extremes_are_kept(tmp_path: Path):
     rows = _rows("finetuned", 2 * MAX_GALLERY_EXAMPLES)
-    rows[77]["prediction"] = rows[77]["references"][0]
-    rows[78]["prediction"] = "nothing in common"
+    rows[77]["scores"]["rouge_l"] = 2.0
+    rows[78]["scores"]["rouge_l"] = -1.0
     write_jsonl_atomically(tmp_path / "finetuned_predictions.jsonl", rows)
     page = write_report(tmp_path, lambda example_id: None).read_text()
     assert page.count('<article class="card"') == MAX_GALLERY_EXAMPLES
@@ -250,7 +307,7 @@ def test_a_missing_file_leaves_the_rest(run_dir: Path, missing: str):
     gone = {"settings.yaml": "settings", "training_examples.json": "examples", "checks.json": "checks"}.get(missing)
     assert [title for title in titles if title not in page] == ([f'id="{gone}-title"'] if gone else [])
     if missing.endswith("predictions.jsonl"):
-        assert "highest score first" in page
+        assert "best score first" in page
         assert 'class="badge' not in page
         assert page.count('<div class="prediction') == 6
 
@@ -288,6 +345,7 @@ def test_real_photos_of_all_sizes(tmp_path: Path):
             "prompt": "",
             "prediction": row["captions"][0],
             "references": row["captions"],
+            "scores": {"rouge_l": 1.0},
         }
         for row in rows
     ]
@@ -297,27 +355,55 @@ def test_real_photos_of_all_sizes(tmp_path: Path):
     assert page.count('<span class="score">1.00</span>') == len(rows)
 
 
+def test_errors_that_shrink_are_gains(run_dir: Path):
+    """The badge and the order follow the direction of the score."""
+    write_json_atomically(
+        run_dir / "metrics.json",
+        {"scores": {"cer": {"label": "character error rate", "higher_is_better": False}}},
+    )
+    for stage, errors in (("baseline", 0.75), ("finetuned", 0.25)):
+        rows = [{**row, "scores": {"cer": errors}} for row in _rows(stage, 3)]
+        write_jsonl_atomically(run_dir / f"{stage}_predictions.jsonl", rows)
+    page = write_report(run_dir, _photo).read_text()
+    assert "its own character error rate (lower is better)" in page
+    assert page.count('<span class="badge gain">+0.50</span>') == 3
+    assert page.count('data-value="0.500000"') == 3
+
+
 def test_comparison_table():
     assert comparison_table(METRICS).splitlines() == [
-        "              baseline  fine-tuned  difference",
-        "BLEU-4          0.1009      0.1294  +0.0285 (+28%)    95% interval +0.0210 to +0.0361",
-        "ROUGE-L         0.3420      0.4010  +0.0590 (+17%)",
-        "CIDEr           0.5943      0.6010  +0.0067 (+1%)     95% interval -0.0100 to +0.0200  no clear difference",
-        "on 500 examples",
+        "                                 baseline        fine-tuned          difference        relative      p",
+        "BLEU-4                             0.1009            0.1294             +0.0285            +28%  0.002",
+        "  better                 0.0921 to 0.1103  0.1190 to 0.1402  +0.0210 to +0.0361    +12% to +45%",
+        "ROUGE-L                            0.3420            0.4010             +0.0590",
+        "CIDEr                              0.5943            0.6010             +0.0067             +1%  0.458",
+        "  no clear difference                                        -0.0100 to +0.0200      -2% to +3%",
+        "perplexity                         2401.6             13.25                   -",
+        "                         1822.7 to 3137.3    12.10 to 14.40",
+        "on 500 examples, with 95% intervals",
     ]
 
 
 def test_comparison_table_of_half_a_run():
     half = {"baseline": {"bleu4": 0.0, "exact_match": 0.5, "num_examples": 3}, "finetuned": None, "difference": None}
-    assert comparison_table(half).splitlines()[1:] == [
-        "BLEU-4          0.0000           -  -",
-        "exact_match     0.5000           -  -",
-        "on 3 examples",
-    ]
-    assert comparison_table({"baseline": {"bleu4": 0.0}, "finetuned": {"bleu4": 0.6}}).splitlines()[1:] == [
-        "BLEU-4          0.0000      0.6000  +0.6000"
+    assert comparison_table({"scores": SCORES, **half}).splitlines()[1:] == [
+        "BLEU-4                             0.0000                 -                   -",
+        "exact_match                        0.5000                 -                   -",
+        "on 3 examples, with 95% intervals",
     ]
     assert comparison_table({}) == "No scores yet: neither the stage baseline nor evaluate has run."
+
+
+def test_whiskers_lie_within_the_plot():
+    svg = score_bars("x", [Bar("a", "baseline", 0.1, (-0.2, 0.9)), Bar("b", "finetuned", 0.5)])
+    whisker = svg.split('class="whisker" d="M')[1].split('"')[0]
+    assert float(whisker.split()[0]) == 92.0
+    assert svg.count("whisker") == 1
+
+
+def test_evenly_spaced_keeps_the_ends():
+    assert evenly_spaced(range(3), 8) == [0, 1, 2]
+    assert evenly_spaced(range(100), 4) == [0, 33, 66, 99]
 
 
 @pytest.mark.parametrize("losses", [[2.0], [1.5, 1.5], [1e-7, 3e-7], [-1.0, 2.0], [float(n % 7) for n in range(5000)]])

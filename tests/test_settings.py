@@ -19,7 +19,7 @@ from qvl.flags import REFUSED, REFUSED_VALUES, RENAMED, RecipeArguments
 from qvl.settings import Settings, _make_parser, _plain, parse_settings
 from recipes.flickr8k import DEFAULTS, SMOKE
 
-# Fields of SFTConfig that `stages._trainer_arguments` takes out before the trainer, and where their value goes instead.
+# Fields of SFTConfig that `train_stage.trainer_arguments` takes out, and where their value goes instead.
 EFFECT_OUTSIDE_THE_TRAINER = {
     "max_length": "the collator and the survey of lengths",
     "model_init_kwargs": "models.load_base",
@@ -28,6 +28,7 @@ EFFECT_OUTSIDE_THE_TRAINER = {
     "completion_only_loss": "the collator trains on nothing else; False is refused",
     "output_dir": "the run folder; the trainer's own is checkpoints/ in it",
     "resume_from_checkpoint": "run_folder.find_checkpoint, whose answer goes to Trainer.train",
+    "dataset_kwargs": "refused, always skip_prepare_dataset",
     "logging_nan_inf_filter": "refused, always off",
     "report_to": "the trainer gets all but mlflow, whose run is qvl's own",
 }
@@ -37,6 +38,7 @@ EFFECT_OUTSIDE_THE_TRAINER = {
 SPECIAL: dict[str, tuple[list[str], Any]] = {
     "stages": (["--stages", "report", "train"], ["train", "report"]),
     "overlong": (["--overlong", "drop"], "drop"),
+    "datasets": (["--datasets", "a.jsonl", '{"path": "b"}'], [{"path": "a.jsonl"}, {"path": "b"}]),
     "temperature": (["--do_sample", "--temperature", "0.5"], 0.5),
     "top_p": (["--do_sample", "--top_p", "0.5"], 0.5),
     "top_k": (["--do_sample", "--top_k", "7"], 7),
@@ -148,10 +150,10 @@ def test_the_lists_name_flags_that_exist() -> None:
 def test_what_the_trainer_does_not_get_is_accounted_for(tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    from qvl.train_stage import _trainer_arguments
+    from qvl.train_stage import trainer_arguments
 
     settings = parse("--max_length", "99", "--report_to", "wandb", "--output_dir", str(tmp_path))
-    passed = _trainer_arguments(SimpleNamespace(settings=settings, folder=tmp_path))  # type: ignore[arg-type]
+    passed = trainer_arguments(SimpleNamespace(settings=settings, folder=tmp_path))  # type: ignore[arg-type]
     untouched = parse("--max_length", "99", "--report_to", "wandb", "--output_dir", str(tmp_path)).training
     changed = {
         field.name
@@ -316,7 +318,7 @@ def test_unknown_recipe_defaults_and_keys(tmp_path: Path) -> None:
         ({"lora_r": {"a": 1}}, "found a mapping"),
         ({"stages": None}, "`stages` needs a value"),
         ({"learning_rate": None}, "`learning_rate` needs a value"),
-        ({"stages": ["trian"]}, "'trian' is none of baseline, train"),
+        ({"stages": ["trian"]}, "'trian' is none of check, baseline"),
         ({"stages": []}, "--stages is empty"),
         ({"dtype": "float8"}, "'float8' is none of"),
         ({"lr_scheduler_type": "cosin"}, "'cosin' is none of linear, cosine"),
