@@ -68,8 +68,10 @@ def known_flags() -> set[str]:
 
     from qvl.flags import RecipeArguments
 
-    fields = [field.name for part in (RecipeArguments, ModelConfig, SFTConfig) for field in dataclasses.fields(part)]
-    return {*fields, "config", "help"}
+    fields = [field for part in (RecipeArguments, ModelConfig, SFTConfig) for field in dataclasses.fields(part)]
+    # The parser's own way to switch off what is on.
+    negated = {f"no_{field.name}" for field in fields if field.default is True}
+    return {*(field.name for field in fields), *negated, "config", "help"}
 
 
 def test_the_rename_table_is_that_of_the_code() -> None:

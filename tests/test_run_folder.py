@@ -152,7 +152,7 @@ def test_no_checkpoint(tmp_path: Path) -> None:
 
 def test_metrics_has_all_keys_from_the_start_and_fills_up(tmp_path: Path) -> None:
     first = update_metrics(tmp_path, "baseline", {"bleu4": 0.1, "num_examples": 5})
-    assert first.keys() == {"baseline", "finetuned", "difference", "train", "cost"}
+    assert first.keys() == {"scores", "baseline", "finetuned", "difference", "train", "cost"}
     assert first["finetuned"] is None and first["difference"] == {}
     assert first["train"].keys() >= {"samples_per_second", "seconds", "peak_gib", "final_loss"}
     update_metrics(tmp_path, "train", {"seconds": 3.0})
