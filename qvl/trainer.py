@@ -15,7 +15,7 @@ from datasets import Dataset
 from packaging.version import Version
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
     EarlyStoppingCallback,
     ProcessorMixin,
@@ -63,6 +63,11 @@ class CompletionTrainer(SFTTrainer):
         self._interval_wait_seconds = 0.0
         self._interval_samples = 0
         self._interval_first_token = 0.0
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        """Upstream's, on rows as they are stored: it looks at their lengths, and examples would be decoded for that."""
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        return super()._get_train_sampler(dataset.with_format(None))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

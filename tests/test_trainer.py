@@ -1,5 +1,6 @@
 """The training promises that do not need a whole run to be seen."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,14 @@ import torch
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from qvl.adapters import add_adapter
+from qvl.bench_cases import Case, open_run, prepare
 from qvl.errors import UserError
 from qvl.files import read_jsonl
 from qvl.recipe import run
-from qvl.trainer import DivergenceWatchdog, SaveOnTermination
+from qvl.train_stage import trainer_arguments
+from qvl.trainer import DivergenceWatchdog, SaveOnTermination, build_trainer
+from qvl.training_rows import prepare_training_rows
 from recipes.flickr8k import RECIPE
 
 TRAINING = {
@@ -111,6 +116,24 @@ def test_checkpointing_changes_memory_and_not_the_losses(tmp_path: Path) -> None
     for flag in (True, False):
         run(RECIPE, {**TRAINING, "gradient_checkpointing": flag, "output_dir": str(tmp_path / str(flag))})
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-5)
+
+
+def test_rows_of_like_length_are_grouped_the_longest_first(tmp_path: Path) -> None:
+    """Lengths count visual tokens and all answers to an image."""
+    flags = ["--smoke", "--num_train_examples", "64", "--num_eval_examples", "2", "--per_device_train_batch_size", "4"]
+    prepared = prepare(
+        Case("grouped"), RECIPE, [*flags, "--train_sampling_strategy", "group_by_length"], 1, tmp_path, False
+    )
+    trial = open_run(prepared, prepared.settings)
+    rows, collator = prepare_training_rows(trial)
+    model = add_adapter(trial.load_base(), trial.settings)
+    trainer = build_trainer(model, trial.processing_class, rows, None, trainer_arguments(trial), collator)
+    order = [int(index) for index in trainer._get_train_sampler()]
+    lengths = [int(collator([rows[index]])["attention_mask"].sum()) for index in order]
+    assert sorted(order) == list(range(64))
+    assert lengths[0] == max(lengths)
+    spreads = [max(batch) - min(batch) for start in range(0, 64, 4) if (batch := lengths[start : start + 4])]
+    assert statistics.median(spreads) < (max(lengths) - min(lengths)) / 4
 
 
 def test_throughput_is_logged_with_every_loss(tmp_path: Path) -> None:
