@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from qvl.conversations import assistant_message
 from qvl.errors import UserError
 from qvl.flags import RecipeArguments
 
@@ -84,7 +85,7 @@ class Conversation:
         messages = [*history, {"role": "user", "content": question}]
         images = [*self.images, *self.waiting]
         answer = self.partner.answer(messages, images)
-        self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        self.messages = [*messages, assistant_message(answer)]
         self.images, self.waiting = images, []
 
     def forget(self) -> None:

@@ -20,6 +20,11 @@ _SHAREGPT_ROLES = {
 }
 
 
+def assistant_message(text: str) -> Message:
+    """An answer as a typed message."""
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
 class MessageError(UserError):
     """Messages that cannot be read; the caller adds which row."""
 

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import pyarrow as pa
 from PIL import Image
 
-from qvl.conversations import Message
+from qvl.conversations import Message, assistant_message
 from qvl.errors import UserError
 from qvl.feature_store import ImageFeatures, dump_features, load_features
 from qvl.image_refs import ImageRef, dump_refs, load_refs, open_image
@@ -101,12 +101,8 @@ def _conversation(row: GoodRow, as_messages: bool, with_tools: bool) -> dict[str
         return {"prompt": record.prompt, "completions": record.completions}
     messages = record.messages
     if messages is None:
-        messages = [*(record.prompt or []), _answer(record.completions[0])]
+        messages = [*(record.prompt or []), assistant_message(record.completions[0])]
     return {"messages": messages, "tools": record.tools} if with_tools else {"messages": messages}
-
-
-def _answer(text: str) -> Message:
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
 def separate_completions(dataset: datasets.Dataset) -> datasets.Dataset:
@@ -125,13 +121,10 @@ def separate_completions(dataset: datasets.Dataset) -> datasets.Dataset:
         for number, text in enumerate(conversation["completions"]):
             source_rows.append(index)
             ids.append(f"{row_id}/{number}")
-            conversations.append(json.dumps({"prompt": conversation["prompt"], "completion": [_answer(text)]}))
-    table = dataset.with_format("arrow")[:].take(source_rows)
-    for name, values in (("id", ids), ("conversation", conversations)):
-        place = table.column_names.index(name)
-        table = table.set_column(place, name, pa.array(values, table.schema.field(name).type))
-    separate = datasets.Dataset(table, datasets.DatasetInfo(features=dataset.features))
-    return separate.with_transform(dataset.format["format_kwargs"]["transform"])
+            conversations.append(
+                json.dumps({"prompt": conversation["prompt"], "completion": [assistant_message(text)]})
+            )
+    return with_columns(dataset.select(source_rows), {"id": ids, "conversation": conversations})
 
 
 def joined_completions(dataset: datasets.Dataset, most: int | None = None) -> datasets.Dataset:
@@ -160,27 +153,39 @@ def joined_completions(dataset: datasets.Dataset, most: int | None = None) -> da
         last_source = source
         first_rows.append(index)
         conversations.append({"prompt": conversation["prompt"], "completions": [text]})
-    table = dataset.with_format("arrow")[:].take(first_rows)
-    place = table.column_names.index("conversation")
-    column = pa.array([json.dumps(packed) for packed in conversations], table.schema.field("conversation").type)
-    joined = datasets.Dataset(table.set_column(place, "conversation", column))
-    return joined.with_transform(dataset.format["format_kwargs"]["transform"])
+    return with_columns(dataset.select(first_rows), {"conversation": [json.dumps(packed) for packed in conversations]})
 
 
 def with_lengths(dataset: datasets.Dataset, lengths: Sequence[int]) -> datasets.Dataset:
     """The same rows with a column `length`, which upstream's sampler groups by; examples do not show it."""
-    table = dataset.with_format("arrow")[:].append_column("length", pa.array(lengths, pa.int64()))
-    return datasets.Dataset(table).with_transform(dataset.format["format_kwargs"]["transform"])
+    return with_columns(dataset, {"length": lengths})
 
 
 def with_features(dataset: datasets.Dataset, features: Sequence[Sequence[ImageFeatures]]) -> datasets.Dataset:
     """The same rows, whose `images` are the features given, row by row; for rows with completions together or apart."""
+    return with_columns(dataset, {"image_features": [dump_features(row) for row in features]})
+
+
+def with_columns(dataset: datasets.Dataset, columns: Mapping[str, Sequence[Any]]) -> datasets.Dataset:
+    """The same rows, decoded in the same way, with stored columns replaced or added.
+
+    Args:
+        dataset: with the transform of `build_dataset`.
+        columns: a value for each row, by name; one that replaces another is of its type.
+    """
     table = dataset.with_format("arrow")[:]
-    column = pa.array([dump_features(row) for row in features], pa.large_string())
-    if "image_features" in table.column_names:
-        table = table.drop_columns("image_features")
-    with_column = datasets.Dataset(table.append_column("image_features", column))
-    return with_column.with_transform(dataset.format["format_kwargs"]["transform"])
+    for name, values in columns.items():
+        if name in table.column_names:
+            place = table.column_names.index(name)
+            table = table.set_column(place, name, pa.array(values, table.schema.field(name).type))
+        else:
+            table = table.append_column(name, pa.array(values))
+    return datasets.Dataset(table).with_transform(transform_of(dataset))
+
+
+def transform_of(dataset: datasets.Dataset) -> ExampleTransform:
+    """How a data set's stored rows become examples."""
+    return cast(ExampleTransform, dataset.format["format_kwargs"]["transform"])
 
 
 @dataclass(frozen=True)
@@ -200,7 +205,7 @@ class WithoutImages:
 
 def without_images(dataset: datasets.Dataset) -> datasets.Dataset:
     """The same rows without `images`, for text-only models: theirs are empty."""
-    return dataset.with_transform(WithoutImages(dataset.format["format_kwargs"]["transform"]))
+    return dataset.with_transform(WithoutImages(transform_of(dataset)))
 
 
 def undecoded_examples(dataset: datasets.Dataset) -> Iterator[dict[str, Any]]:

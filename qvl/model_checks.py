@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from qvl.adapters import DEFAULT_TARGETS
 from qvl.checks import Check, at_most
+from qvl.conversations import assistant_message
 from qvl.models import language_model_path, skeleton
 
 # Bytes that the computation leaves out: small buffers such as rotary frequencies.
@@ -252,5 +253,5 @@ def _row(*images: Image.Image) -> dict[str, Any]:
         "where": "drawn for the check",
         "images": list(images),
         "prompt": [{"role": "user", "content": content}],
-        "completion": [{"role": "assistant", "content": [{"type": "text", "text": "A picture."}]}],
+        "completion": [assistant_message("A picture.")],
     }

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from qvl.encode import tokenize
 from qvl.errors import UserError
-from qvl.examples import ExampleTransform, image_sizes
+from qvl.examples import image_sizes, transform_of
 from qvl.feature_store import FeatureStore
 from qvl.image_refs import ImageRef, TableImage, load_refs, open_image
 from qvl.images import ImageError, decode_rgb
@@ -54,15 +54,11 @@ class StoredImage:
 
 def image_places(dataset: datasets.Dataset) -> dict[str, list[Place]]:
     """Places of a row's images, by the row's column `image_refs`: rows of one image and several answers share it."""
-    tables = _transform(dataset).tables
+    tables = transform_of(dataset).tables
     return {
         refs: [(tables[ref.split]._fingerprint if isinstance(ref, TableImage) else "", ref) for ref in load_refs(refs)]
         for refs in set(dataset.with_format(None)["image_refs"][:])
     }
-
-
-def _transform(dataset: datasets.Dataset) -> ExampleTransform:
-    return cast(ExampleTransform, dataset.format["format_kwargs"]["transform"])
 
 
 def distinct_images(
@@ -71,7 +67,7 @@ def distinct_images(
     """Every image once, however many rows show it, with the visual tokens that it takes; nothing is opened."""
     images: dict[Place, StoredImage] = {}
     for dataset in data_sets:
-        tables, places, stored = _transform(dataset).tables, image_places(dataset), dataset.with_format(None)
+        tables, places, stored = transform_of(dataset).tables, image_places(dataset), dataset.with_format(None)
         for refs, sizes, where in zip(stored["image_refs"][:], image_sizes(dataset), stored["where"][:], strict=True):
             for place, (width, height) in zip(places[refs], sizes, strict=True):
                 num_tokens = num_visual_tokens(processing_class, height, width)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import pyarrow as pa
 
 from qvl.encode import ProcessingClass
 from qvl.errors import UserError
+from qvl.examples import with_columns
 from qvl.image_refs import dump_refs, load_refs
 from qvl.survey import RowLength, training_lengths
 
@@ -108,15 +108,11 @@ def _cut(row: dict[str, Any], conversation: dict[str, Any], count: int) -> dict[
 
 def _with_rows(dataset: datasets.Dataset, rows: Mapping[int, dict[str, Any]]) -> datasets.Dataset:
     """The same data set with some columns of some rows replaced."""
-    table = dataset.with_format("arrow")[:]
-    for name in next(iter(rows.values())):
-        values = table.column(name).to_pylist()
-        for index, row in rows.items():
+    columns = {name: list(dataset.with_format(None)[name]) for name in next(iter(rows.values()))}
+    for index, row in rows.items():
+        for name, values in columns.items():
             values[index] = row[name]
-        place = table.column_names.index(name)
-        table = table.set_column(place, name, pa.array(values, table.schema.field(name).type))
-    replaced = datasets.Dataset(table, datasets.DatasetInfo(features=dataset.features))
-    return replaced.with_transform(dataset.format["format_kwargs"]["transform"])
+    return with_columns(dataset, columns)
 
 
 def _refuse_hopeless(rows: Sequence[RowLength], max_length: int) -> None:
