@@ -19,7 +19,6 @@ from qvl.data import LoadedData, separate_completions
 from qvl.encode import ProcessingClass
 from qvl.errors import Terminated, UserError
 from qvl.examples import undecoded_examples
-from qvl.fp8 import quantize_frozen_base
 from qvl.models import load_processing_class
 from qvl.random_weights import build_with_random_weights
 from qvl.recipe import Recipe
@@ -28,7 +27,7 @@ from qvl.survey import fit_rows, training_lengths
 from qvl.tracking import RunRecord
 from qvl.train_stage import trainer_arguments
 from qvl.trainer import build_trainer, train
-from qvl.training_form import training_form
+from qvl.training_form import lower_base_precision, training_form
 from qvl.training_rows import prepare_training_rows
 
 TRL_DEFAULTS, TRL_BEST, QVL = "TRL, its defaults", "TRL, its best batch", "qvl"
@@ -207,9 +206,7 @@ def _qvl(run: Run, num_rows: int) -> Iterator[Contestant]:
     base = run.load_base()
     with training_form(run, base, collator):
         model = adapters.add_adapter(base, run.settings)
-        if run.settings.recipe.base_precision == "fp8":
-            run.base = None
-            quantize_frozen_base(model)
+        lower_base_precision(run, model)
         repeated = _repeated(rows, num_rows)
         trainer = build_trainer(model, run.processing_class, repeated, None, trainer_arguments(run), collator)
 

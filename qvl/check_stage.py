@@ -41,7 +41,6 @@ from qvl.models import load_base, load_config, skeleton
 from qvl.train_stage import trainer_arguments
 from qvl.trainer import build_trainer, train
 from qvl.training_form import training_form
-from qvl.vision_attention import use_varlen_vision_attention
 
 _NUM_COMPARED = 8
 _MOST_OVERFIT_STEPS = 60
@@ -104,7 +103,6 @@ class _CheckStage:
         self.compared = self.rows[: min(_NUM_COMPARED, max(2, run.settings.training.per_device_eval_batch_size))]
         self.sees_images = bool(self.rows[0]["images"])
         self.base = run.load_base()
-        use_varlen_vision_attention(self.base)
         options = run.settings.model
         self.bits = model_checks.quantized_bits(self.base, options.load_in_4bit, options.load_in_8bit)
         self.full = self._load_full_weights()
@@ -227,9 +225,7 @@ class _CheckStage:
             return None
         settings = copy.copy(self.run.settings)
         settings.model = dataclasses.replace(options, load_in_4bit=False, load_in_8bit=False)
-        full = load_base(settings, self.run.device).eval()
-        use_varlen_vision_attention(full)
-        return full
+        return load_base(settings, self.run.device).eval()
 
 
 @contextmanager

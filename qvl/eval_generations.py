@@ -1,6 +1,5 @@
 """How the answers change while training: a fixed few evaluation prompts, answered and scored at each evaluation."""
 
-import json
 import random
 import time
 from collections.abc import Iterator
@@ -12,10 +11,10 @@ from peft import PeftModel
 
 from qvl.active_run import Run
 from qvl.answers import answer_prompts
-from qvl.files import read_jsonl, write_jsonl_atomically
+from qvl.files import write_jsonl_atomically
 from qvl.metrics import score
 from qvl.picture_grid import Card, picture_grid
-from qvl.run_folder import SAMPLES_FILE
+from qvl.run_folder import SAMPLES_FILE, rows_before_checkpoint
 
 _NUM_PICTURES = 8
 
@@ -47,10 +46,7 @@ class EvalGenerations:
         chosen = random.Random(run.settings.training.seed).sample(range(len(examples)), number)
         self.examples = examples.select(sorted(chosen))
         self._path = run.folder / SAMPLES_FILE
-        self._rows: list[dict[str, Any]] = []
-        if resume_from is not None and self._path.is_file():
-            state = json.loads((resume_from / "trainer_state.json").read_text(encoding="utf-8"))
-            self._rows = [row for row in read_jsonl(self._path) if row["step"] <= state["global_step"]]
+        self._rows = rows_before_checkpoint(self._path, resume_from)
 
     def __call__(self, step: int) -> dict[str, float]:
         """Answers, records and scores.

@@ -10,9 +10,8 @@ from transformers import PretrainedConfig
 
 from qvl.models import skeleton
 
-# Token ids (int64, (length,)), which of them are visual (the same, 0 or 1) and image_grid_thw (num_images, 3) or None
-# -> positions (dimensions, length).
-Positions = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+# Token ids of a sample and its image_grid_thw (num_images, 3) or None -> positions, int64 (dimensions, length).
+Positions = Callable[[Sequence[int], torch.Tensor | None], torch.Tensor]
 
 
 def positions_of(config: PretrainedConfig) -> Positions:
@@ -23,7 +22,7 @@ def positions_of(config: PretrainedConfig) -> Positions:
     core = skeleton(config).base_model
     if not hasattr(core, "get_rope_index"):
         return _counted
-    return functools.partial(_rope_index, core.get_rope_index)
+    return functools.partial(_rope_index, core.get_rope_index, config.image_token_id)
 
 
 def split_grids(grids: torch.Tensor | None, examples: Sequence[dict[str, Any]]) -> list[torch.Tensor | None]:
@@ -34,17 +33,20 @@ def split_grids(grids: torch.Tensor | None, examples: Sequence[dict[str, Any]]) 
     return [part if len(part) else None for part in parts]
 
 
-def _counted(token_ids: torch.Tensor, is_visual: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
+def _counted(token_ids: Sequence[int], image_grid_thw: torch.Tensor | None) -> torch.Tensor:
     return torch.arange(len(token_ids)).unsqueeze(0)
 
 
 def _rope_index(
     get_rope_index: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-    token_ids: torch.Tensor,
-    is_visual: torch.Tensor,
+    image_token_id: int,
+    token_ids: Sequence[int],
     image_grid_thw: torch.Tensor | None,
 ) -> torch.Tensor:
+    input_ids = torch.tensor([token_ids])
     positions, _ = get_rope_index(
-        input_ids=token_ids.unsqueeze(0), mm_token_type_ids=is_visual.unsqueeze(0), image_grid_thw=image_grid_thw
+        input_ids=input_ids,
+        mm_token_type_ids=(input_ids == image_token_id).long(),
+        image_grid_thw=image_grid_thw,
     )
     return positions.squeeze(1)

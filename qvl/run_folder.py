@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qvl.errors import UserError
-from qvl.files import write_json_atomically
+from qvl.files import read_jsonl, write_json_atomically
 
 OUTPUTS = Path("outputs")
 SAMPLES_FILE = "training_samples.jsonl"
@@ -55,6 +55,19 @@ def _unused(folder: Path) -> Path:
         candidate = folder.with_name(f"{folder.name}_{number}")
         number += 1
     return candidate
+
+
+def rows_before_checkpoint(path: Path, checkpoint: Path | None) -> list[dict[str, Any]]:
+    """What a training has logged up to the checkpoint that it goes on from; what was logged behind it comes again.
+
+    Args:
+        path: JSON lines with a `step` each.
+        checkpoint: folder of the checkpoint; None for a training that begins.
+    """
+    if checkpoint is None or not path.is_file():
+        return []
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return [row for row in read_jsonl(path) if row["step"] <= state["global_step"]]
 
 
 def prepare(folder: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from qvl.collators import fit_row
+from qvl.conversations import assistant_message
 from qvl.encode import IGNORED_LABEL, ProcessingClass, Segment, segments, tokenize, tokenizer_of
 from qvl.positions import Positions, split_grids
 from qvl.segment_attention import PADDING_SEGMENT, SEGMENTS_PER_SAMPLE
@@ -120,9 +121,9 @@ class SharedPrefixCollator:
             ids = [token for piece, _ in pieces for token in piece]
             labels = [token if target else IGNORED_LABEL for piece, target in pieces for token in piece]
             ids, labels = self._fit(ids, labels, example)
-            return _Row(ids, labels, [0] * len(ids), self._positions(ids, grid), 1)
+            return _Row(ids, labels, [0] * len(ids), self.positions(ids, grid), 1)
         (prompt, _), *answers = pieces
-        whole = self._positions(prompt, grid)
+        whole = self.positions(prompt, grid)
         ids, labels = prompt[:-1], [IGNORED_LABEL] * (len(prompt) - 1)
         branches, positions = [0] * len(ids), [whole[:, :-1]]
         for number, (answer, _) in enumerate(answers, start=1):
@@ -134,11 +135,8 @@ class SharedPrefixCollator:
         return _Row(ids, labels, branches, torch.cat(positions, dim=1), len(answers))
 
     def _fit(self, ids: list[int], labels: list[int], example: dict[str, Any]) -> tuple[list[int], list[int]]:
-        return fit_row(ids, labels, self.max_length, self.truncate, self._image_token_id, example["where"])
-
-    def _positions(self, ids: list[int], grid: torch.Tensor | None) -> torch.Tensor:
-        token_ids = torch.tensor(ids)
-        return self.positions(token_ids, (token_ids == self._image_token_id).long(), grid)
+        image_token_id = getattr(self.processing_class, "image_token_id", None)
+        return fit_row(ids, labels, self.max_length, self.truncate, image_token_id, example["where"])
 
     def _padded(self, rows: Sequence[_Row]) -> dict[str, torch.Tensor]:
         width = self._rounded(max(len(row.ids) for row in rows))
@@ -170,11 +168,6 @@ class SharedPrefixCollator:
     def _rounded(self, length: int) -> int:
         return -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
-    @property
-    def _image_token_id(self) -> int:
-        """-1, which is no token, for a text-only model."""
-        return getattr(self.processing_class, "image_token_id", -1)
-
 
 def marked_parts(example: dict[str, Any], processing_class: ProcessingClass) -> list[Segment]:
     """`segments` of an example that may have several answers: the prompt stands once, in front of all of them."""
@@ -182,7 +175,6 @@ def marked_parts(example: dict[str, Any], processing_class: ProcessingClass) -> 
         return segments(example, processing_class)
     result: list[Segment] = []
     for text in example["completions"]:
-        answer = [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
-        prompt, target = segments({**example, "completion": answer}, processing_class)
+        prompt, target = segments({**example, "completion": [assistant_message(text)]}, processing_class)
         result = [*(result or [prompt]), target]
     return result

@@ -24,16 +24,14 @@ from qvl.errors import Terminated
 from qvl.eval_generations import EvalGenerations
 from qvl.examples import undecoded_examples
 from qvl.features import require_frozen_vision
-from qvl.files import read_jsonl, write_json_atomically, write_jsonl_atomically
-from qvl.fp8 import quantize_frozen_base
+from qvl.files import write_json_atomically, write_jsonl_atomically
 from qvl.shared_prefix import SharedPrefixCollator, marked_parts
 from qvl.survey import fit_rows, training_lengths
 from qvl.trainer import build_trainer, train
 from qvl.training_checks import GradientWatch, check_base_kept
-from qvl.training_form import training_form
+from qvl.training_form import lower_base_precision, training_form
 from qvl.training_rows import prepare_training_rows
 from qvl.turns import truncate_turns
-from qvl.vision_attention import use_varlen_vision_attention
 
 _NUM_EXAMPLES_SHOWN = 3
 _NUM_BATCHES_CHECKED = 4
@@ -59,10 +57,7 @@ def train_adapter(run: Run, resume_from: Path | None) -> None:
         args = trainer_arguments(run)
         run_folder.require_space(run.folder, report.num_trainable, 2 + (args.save_total_limit or 2))
         _require_good_batches(run, rows, collator)
-        if run.settings.recipe.base_precision == "fp8":
-            # Its own weights are gone: the next stage loads the base again.
-            run.base = None
-            print("\n".join(quantize_frozen_base(model).lines()), flush=True)
+        lower_base_precision(run, model)
 
         generations = EvalGenerations(run, model, resume_from) if run.settings.recipe.eval_generations else None
         # Of the model as the trainer leaves it: it casts adapters.
@@ -98,11 +93,7 @@ def train_adapter(run: Run, resume_from: Path | None) -> None:
 
 def _distributions_of_first(run: Run, model: PreTrainedModel | PeftModel, rows: Dataset) -> list[torch.Tensor]:
     """What a model says along the answer of the first row, to be compared with what it says later."""
-    use_varlen_vision_attention(model.get_base_model() if isinstance(model, PeftModel) else model)
-    row = dict(rows[0])
-    if "completions" in row:
-        text = row.pop("completions")[0]
-        row["completion"] = [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
+    row = separate_completions(rows.select([0]))[0]
     truncate = run.settings.recipe.overlong == "truncate_text"
     collator = CompletionCollator(run.processing_class, run.settings.training.max_length, truncate)
     return answer_distributions(model, [row], collator)
@@ -146,11 +137,7 @@ class _TrainingLog:
     def __init__(self, run: Run, resume_from: Path | None) -> None:
         self.run = run
         self.path = run.folder / "training_log.jsonl"
-        self.rows: list[dict[str, Any]] = []
-        if resume_from is not None and self.path.is_file():
-            state = json.loads((resume_from / "trainer_state.json").read_text(encoding="utf-8"))
-            # What was logged behind the checkpoint will be logged again.
-            self.rows = [row for row in read_jsonl(self.path) if row["step"] <= state["global_step"]]
+        self.rows = run_folder.rows_before_checkpoint(self.path, resume_from)
 
     def add(self, logs: dict[str, float], step: int) -> None:
         self.rows.append({"step": step, **logs})

@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from qvl.active_run import Run
 from qvl.collators import CompletionCollator
 from qvl.compiled_layers import can_compile, compiled_layers
+from qvl.fp8 import quantize_frozen_base
 from qvl.segment_attention import use_sdpa, use_segment_attention
 from qvl.settings import Settings
 from qvl.shared_prefix import SharedPrefixCollator
@@ -49,6 +51,13 @@ def training_form(
         if has_segments:
             use_sdpa(base)
         _leave_trainer(base, forward)
+
+
+def lower_base_precision(run: Run, model: PeftModel) -> None:
+    """Puts the frozen layers below an adapter into `--base_precision`; the next stage then loads the base again."""
+    if run.settings.recipe.base_precision == "fp8":
+        run.base = None
+        print("\n".join(quantize_frozen_base(model).lines()), flush=True)
 
 
 def _leave_trainer(base: PreTrainedModel, forward: Any) -> None:

@@ -53,11 +53,11 @@ def prepare_training_rows(run: Run) -> tuple[Dataset, CompletionCollator | Share
     )
     write_json_atomically(run.folder / "token_lengths.json", summarize_lengths(lengths, training.max_length))
     truncate = recipe.overlong == "truncate_text"
-    if not _knows_segments(run, len(joined_completions(fitting)) < len(fitting)):
+    joined = joined_completions(fitting, recipe.captions_per_step) if recipe.shared_prefix else fitting
+    if not _knows_segments(run, would_share=len(joined) < len(fitting)):
         rows = with_lengths(fitting, [length.num_tokens for length in lengths])
         return rows, CompletionCollator(run.processing_class, training.max_length, truncate)
-    rows = joined_completions(fitting, recipe.captions_per_step if recipe.shared_prefix else 1)
-    return with_lengths(rows, list(_joined_lengths(rows, lengths))), SharedPrefixCollator(
+    return with_lengths(joined, list(_joined_lengths(joined, lengths))), SharedPrefixCollator(
         run.processing_class,
         positions_of(load_config(run.settings)),
         training.max_length,
@@ -67,7 +67,7 @@ def prepare_training_rows(run: Run) -> tuple[Dataset, CompletionCollator | Share
     )
 
 
-def _knows_segments(run: Run, could_share: bool) -> bool:
+def _knows_segments(run: Run, would_share: bool) -> bool:
     """Whether the model can train on samples that share a row; says why not where that costs something.
 
     Raises:
@@ -78,7 +78,7 @@ def _knows_segments(run: Run, could_share: bool) -> bool:
         return True
     if run.settings.training.padding_free:
         raise UserError(f"--padding_free cannot be used here: {refusal}.")
-    if could_share and run.settings.recipe.shared_prefix:
+    if would_share:
         print(f"Every answer is trained in a row of its own, which is slower: {refusal}.", flush=True)
     return False
 
