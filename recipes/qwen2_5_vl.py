@@ -18,8 +18,6 @@ Needs:  made for a 16 GB card such as the T4, which computes in fp16 since it ha
         recipes/RESULTS.md.
 """
 
-from typing import Any
-
 from qvl.recipe import Recipe, main
 
 DEFAULTS = {
@@ -74,15 +72,7 @@ SMOKE = {
     "dataloader_num_workers": 0,
 }
 
-
-def caption_example(row: dict[str, Any], config: Any) -> dict[str, Any]:
-    """One photo with its captions: the first one is trained on, all of them are references."""
-    from qvl.data import caption_row
-
-    return caption_row(row, config)
-
-
-RECIPE = Recipe("qwen2_5_vl", DEFAULTS, SMOKE, caption_example)
+RECIPE = Recipe("qwen2_5_vl", DEFAULTS, SMOKE)
 
 if __name__ == "__main__":
     main(RECIPE)

@@ -1,7 +1,6 @@
 """Adapters sit in the language model and nowhere else; whatever cannot be loaded ends in one line."""
 
 import copy
-import functools
 import http.server
 import json
 import threading
@@ -16,9 +15,9 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import CHAT, CPU, VISION, answered, base, conversation, picture, processing_class, settings_for
+from tiny import CHAT, CPU, LLAVA, VISION, answered, base, conversation, picture, processing_class, settings_for
 from torch import nn
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel, Qwen3Config
+from transformers import PreTrainedModel
 
 from qvl.adapters import add_adapter, load_adapter, report_parameters, require_adapter_in_language_model
 from qvl.checks import hash_parameters
@@ -37,36 +36,13 @@ from qvl.models import (
 from qvl.padding_token import ensure_padding_token
 from qvl.settings import parse_settings
 
-LLAVA = "CLIP + Qwen3"
 ALL = [*VISION, CHAT, LLAVA]
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 PATHS = dict.fromkeys([*VISION, LLAVA], "model.language_model") | {CHAT: "model"}
 
 
-@functools.cache
-def llava() -> PreTrainedModel:
-    """CLIP's attention has a q_proj, k_proj and v_proj of its own."""
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    text = Qwen3Config(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=99, image_seq_length=4)
-    return LlavaForConditionalGeneration(config)
-
-
 def fresh(name: str) -> PreTrainedModel:
-    return copy.deepcopy(llava() if name == LLAVA else base(name))
+    return copy.deepcopy(base(name))
 
 
 def adapted(name: str, *argv: str) -> PeftModel:
@@ -117,7 +93,7 @@ def test_adapters_sit_in_the_language_model_only(name: str, argv: list[str], lea
 
 def test_plain_names_would_have_hit_the_vision_tower() -> None:
     """Or the test above would pass whatever the code does."""
-    names = [name for name, _ in llava().named_modules() if name.endswith("q_proj")]
+    names = [name for name, _ in base(LLAVA).named_modules() if name.endswith("q_proj")]
     assert any("vision_tower" in name for name in names)
 
 
@@ -179,10 +155,6 @@ def test_the_seed_governs_the_adapters_start() -> None:
 
 
 def batch_for(name: str) -> dict[str, torch.Tensor]:
-    if name == LLAVA:
-        ids = torch.tensor([[5, 99, 99, 99, 99, 6, 7, 8], [9, 99, 99, 99, 99, 3, 2, 1]])
-        labels = ids.clone().masked_fill(torch.arange(8) < 5, -100)
-        return {"input_ids": ids, "labels": labels, "pixel_values": torch.rand(2, 3, 28, 28)}
     rows = [answered("Hi", "A dog", [picture(64, 64)]), answered("And?", "A cat", [picture(70, 90)])]
     if name == CHAT:
         rows = [conversation([("Hi", "Hello"), ("And?", "No")])]

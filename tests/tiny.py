@@ -97,6 +97,7 @@ def _llava_processor() -> LlavaProcessor:
 
 
 def _llava() -> PreTrainedModel:
+    """CLIP's attention has a q_proj, k_proj and v_proj of its own."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
@@ -106,7 +107,7 @@ def _llava() -> PreTrainedModel:
         vocab_size=len(processor.tokenizer),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=3,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
