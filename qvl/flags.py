@@ -165,7 +165,7 @@ def _mixture_entry(entry: Any) -> Any:
 
 _HUB = "qvl pushes nothing by itself: look at the report first, then `hf upload USER/NAME RUN_FOLDER/adapter`"
 _STAGES = "the stages decide what runs: --stages check baseline train evaluate report"
-_PACKING = "rows with images cannot be packed or flattened by TRL, and a batch has to mean the same in every recipe"
+_PACKING = "TRL cannot pack rows with images: --padding_free puts the samples of a batch into one row, images included"
 _LOGITS = "the scores come from generated text; the trainer computes the held-out loss and keeps no logits"
 _PREPARATION = "qvl turns rows into examples itself, see --dataset_name"
 _LIGER = "deprecated upstream: use --model_init_kwargs '{\"use_kernels\": true}'"
