@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch._dynamo.config
 import torch._functorch.config
 from torch import nn
 from transformers import PreTrainedModel
@@ -24,12 +25,23 @@ def can_compile(device: torch.device) -> bool:
 
 
 @contextmanager
-def compiled_layers(base: PreTrainedModel) -> Iterator[None]:
-    """Trains with compiled decoder layers and vision blocks; outside of it they are as they were."""
+def compiled_layers(base: PreTrainedModel, keeps_inputs_only: bool, backend: str = "inductor") -> Iterator[None]:
+    """Trains with compiled decoder layers and vision blocks; outside of it they are as they were.
+
+    Args:
+        base: the base model.
+        keeps_inputs_only: of each layer, keep for the backward what goes into it and compute everything else again:
+            activation checkpointing inside of the compiled code. Around it (`torch.utils.checkpoint`, which upstream's
+            `gradient_checkpointing` puts there) torch 2.11's partitioner stops where it has a memory budget and lengths
+            are symbols ("Node add was invalid, but is output"), and the last product of a layer would be computed again
+            for nothing.
+        backend: `torch.compile`'s.
+    """
     layers = [*base.get_decoder().layers, *_vision_blocks(base)]
     # The first layer shares the others' compilation if its input wants a gradient as theirs do.
     base.enable_input_require_grads()
-    with torch._functorch.config.patch(activation_memory_budget=_ACTIVATION_MEMORY_BUDGET), _compiled(layers):
+    budget = 0.0 if keeps_inputs_only else _ACTIVATION_MEMORY_BUDGET
+    with torch._functorch.config.patch(activation_memory_budget=budget), _compiled(layers, backend):
         yield
 
 
@@ -63,12 +75,15 @@ def plain_layers(base: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _compiled(modules: Iterable[nn.Module]) -> Iterator[None]:
+def _compiled(modules: Iterable[nn.Module], backend: str = "inductor") -> Iterator[None]:
     modules = list(modules)
     for module in modules:
-        module.compile(dynamic=True)
+        module.compile(dynamic=True, backend=backend)
     try:
-        yield
+        # Lengths are symbols, numbers such as a norm's epsilon are not: torch would hand each of them in as a tensor on
+        # the CPU, and call the C++ compiler for what is computed of them there.
+        with torch._dynamo.config.patch(specialize_float=True):
+            yield
     finally:
         for module in modules:
             module._compiled_call_impl = None

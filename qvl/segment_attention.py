@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -17,6 +17,8 @@ SEGMENT_ATTENTION = "qvl_segments"
 PADDING_SEGMENT = -1
 # A segment id is its sample's number times this, plus 0 for the sample's prefix or the number of the branch.
 SEGMENTS_PER_SAMPLE = 4096
+# FlexAttention's own.
+_BLOCK_TOKENS = 128
 
 _compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
 
@@ -24,12 +26,16 @@ _compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
 def use_segment_attention(model: PreTrainedModel) -> None:
     """Switches the language model to `segment_attention`; without `segment_ids` it stays what SDPA does."""
     AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
-    AttentionMaskInterface.register(SEGMENT_ATTENTION, sdpa_mask)
+    AttentionMaskInterface.register(SEGMENT_ATTENTION, _mask_without_segments)
+    model.get_decoder().register_forward_pre_hook(_look_for_segments, with_kwargs=True)
     _set_language_model_attention(model, SEGMENT_ATTENTION)
 
 
 def use_sdpa(model: PreTrainedModel) -> None:
     """Takes `use_segment_attention` back."""
+    hooks = model.get_decoder()._forward_pre_hooks
+    for number in [number for number, hook in hooks.items() if hook is _look_for_segments]:
+        del hooks[number]
     _set_language_model_attention(model, "sdpa")
 
 
@@ -76,15 +82,54 @@ def dense_mask(segment_ids: torch.Tensor) -> torch.Tensor:
 def block_mask(segment_ids: torch.Tensor) -> BlockMask:
     """The mask as FlexAttention takes it: blocks of 128 x 128 that hold nothing visible are skipped.
 
+    Made of the first and last sample of each block; torch's own `create_block_mask` makes the dense mask on its way,
+    256 MiB at 16,384 tokens.
+
     Args:
-        segment_ids: int64 (batch, length) on a CUDA device.
+        segment_ids: int64 (batch, length), samples behind each other, `PADDING_SEGMENT` behind them.
     """
 
     def visible(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return sees(segment_ids[batch, query], segment_ids[batch, key], query, key)
 
+    length = segment_ids.shape[1]
+    some, all_of = _visible_blocks(segment_ids)
+    partial, full = _listed(some & ~all_of), _listed(all_of)
+    return BlockMask.from_kv_blocks(
+        *partial, *full, BLOCK_SIZE=_BLOCK_TOKENS, mask_mod=visible, seq_lengths=(length, length)
+    )
+
+
+def _visible_blocks(segment_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each block of queries (second dimension) and of keys (last): may it see some of it, and does it see all.
+
+    Args:
+        segment_ids: int64 (batch, length).
+
+    Returns:
+        Two bool tensors (batch, num_blocks, num_blocks). What the first leaves out holds nothing visible; what it holds
+        beyond that is masked one by one.
+    """
     num_rows, length = segment_ids.shape
-    return create_block_mask(visible, num_rows, None, length, length, device=segment_ids.device)
+    num_blocks = -(-length // _BLOCK_TOKENS)
+    missing = num_blocks * _BLOCK_TOKENS - length
+    blocks = nn.functional.pad(segment_ids, (0, missing), value=PADDING_SEGMENT).view(num_rows, num_blocks, -1)
+    # Padding stands behind all samples, so its number is the highest.
+    samples = blocks.div(SEGMENTS_PER_SAMPLE, rounding_mode="floor").where(blocks != PADDING_SEGMENT, 2**31)
+    first, last = samples.amin(dim=-1), samples.amax(dim=-1)
+    places = torch.arange(num_blocks, device=segment_ids.device)
+    some = (places <= places[:, None]) & (first[:, :, None] <= last[:, None]) & (first[:, None] <= last[:, :, None])
+    is_one = (first == last) & (last < 2**31)
+    is_prefix = is_one & (blocks % SEGMENTS_PER_SAMPLE == 0).all(dim=-1)
+    same = first[:, :, None] == first[:, None]
+    return some, (places < places[:, None]) & is_one[:, :, None] & is_prefix[:, None] & same
+
+
+def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the blocks of keys, how many each block of queries has (batch, 1, Q) and which, in front (batch, 1, Q, K)."""
+    counts = blocks.sum(dim=-1, dtype=torch.int32)
+    numbers = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return counts[:, None], numbers[:, None]
 
 
 def segment_attention(
@@ -123,6 +168,25 @@ def segment_attention(
     if segment_ids is not None:
         attention_mask = dense_mask(segment_ids)
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+class _Batch:
+    """The batch that the decoder is at, which transformers' functions for masks are not told of."""
+
+    has_segments = False
+
+
+def _look_for_segments(module: nn.Module, inputs: Any, kwargs: dict[str, Any]) -> None:
+    _Batch.has_segments = kwargs.get("segment_ids") is not None
+
+
+def _mask_without_segments(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """SDPA's mask, or none where segments say it all.
+
+    To make one, transformers asks whether there is padding at all, and so waits for the GPU in every forward pass, and
+    it would be dense in the length of the row.
+    """
+    return None if _Batch.has_segments else sdpa_mask(*args, **kwargs)
 
 
 def _set_language_model_attention(model: PreTrainedModel, name: str) -> None:

@@ -92,16 +92,17 @@ class SharedPrefixCollator:
         self.padding_free = padding_free
         self.pad_to_multiple_of = pad_to_multiple_of
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collates examples with `prompt` and `completions` (or `completion`), or with `messages`.
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collates examples with `prompt` and `completions` (or `completion`), or with `messages`, or packs of them.
 
         Returns:
             `input_ids`, `attention_mask`, `labels`, `segment_ids` (int64, (rows, length)), `position_ids` (int64,
-            (rows, length), for Qwen-VL (3, rows, length)), `num_answers` (int64, ()), and the processor's image inputs.
+            (rows, length), for Qwen-VL (3, rows, length)), `num_answers` (int), and the processor's image inputs.
 
         Raises:
             UserError: an answer without a target, or longer than `max_length` with its prompt; the row is named.
         """
+        examples = [example for row in examples for example in row.get("pack", [row])]
         marked = [marked_parts(example, self.processing_class) for example in examples]
         images = [image for example in examples for image in example.get("images", ())]
         token_ids, image_inputs = tokenize(
@@ -113,7 +114,8 @@ class SharedPrefixCollator:
             pieces = [(next(remaining), part.is_target) for part in parts]
             rows.append(self._row(example, pieces, grid))
         batch = self._side_by_side(rows) if self.padding_free else self._padded(rows)
-        return {**batch, **image_inputs, "num_answers": torch.tensor(sum(row.num_answers for row in rows))}
+        # A plain number: a tensor would go to the device, and to read it there is to wait for all that the device does.
+        return {**batch, **image_inputs, "num_answers": sum(row.num_answers for row in rows)}
 
     def _row(self, example: dict[str, Any], pieces: list[tuple[list[int], bool]], grid: torch.Tensor | None) -> _Row:
         """One sample: a prefix and branches where there are several answers, else as it stands."""

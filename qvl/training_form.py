@@ -1,7 +1,7 @@
 """The base model in the form it trains in, for the time of the training."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from peft import PeftModel
@@ -11,20 +11,37 @@ from qvl.active_run import Run
 from qvl.collators import CompletionCollator
 from qvl.compiled_layers import can_compile, compiled_layers
 from qvl.fp8 import quantize_frozen_base
+from qvl.seeded_dropout import seed_dropout
 from qvl.segment_attention import use_sdpa, use_segment_attention
 from qvl.settings import Settings
+from qvl.sharding import sharding
 from qvl.shared_prefix import SharedPrefixCollator
 
 
 def trains_compiled(settings: Settings) -> bool:
-    """Whether layers are compiled for training.
+    """Whether layers are compiled for training: where it is wanted and the device can."""
+    return wants_compiled(settings) and can_compile(settings.training.device)
 
-    Not with activation checkpointing, whose saved-tensor hooks torch 2.11's partitioner does not survive with dynamic
-    lengths, and not with a 4-bit or 8-bit base, of which no compiled run has been measured yet.
+
+def wants_compiled(settings: Settings) -> bool:
+    """Whether layers are compiled on a device that can.
+
+    Not with an 8-bit base or one that processes share out, of which no compiled run has been measured yet, and not
+    where `--gradient_checkpointing_kwargs` asks for a kind of checkpointing: compiled layers have one of their own.
     """
-    is_quantized = settings.model.load_in_4bit or settings.model.load_in_8bit
-    wanted = settings.recipe.compile_layers and not settings.training.gradient_checkpointing and not is_quantized
-    return wanted and can_compile(settings.training.device)
+    training = settings.training
+    wanted = settings.recipe.compile_layers and not settings.model.load_in_8bit and not sharding().in_pieces
+    wanted &= not (training.gradient_checkpointing and training.gradient_checkpointing_kwargs)
+    return bool(wanted)
+
+
+def checkpointing_arguments(settings: Settings) -> dict[str, bool]:
+    """What the trainer is told of activation checkpointing: nothing, where compiled layers see to it."""
+    if not trains_compiled(settings):
+        return {}
+    # The name that transformers has had since 5.23, and the older one.
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    return {name: False for name in names if hasattr(settings.training, name)}
 
 
 @contextmanager
@@ -45,7 +62,7 @@ def training_form(
     if has_segments:
         use_segment_attention(base)
     try:
-        with compiled_layers(base) if trains_compiled(run.settings) else nullcontext():
+        with _compiled_if_wanted(run.settings, base):
             yield
     finally:
         if has_segments:
@@ -53,11 +70,23 @@ def training_form(
         _leave_trainer(base, forward)
 
 
+def _compiled_if_wanted(settings: Settings, base: PreTrainedModel) -> AbstractContextManager[None]:
+    if not trains_compiled(settings):
+        return nullcontext()
+    return compiled_layers(base, keeps_inputs_only=bool(settings.training.gradient_checkpointing))
+
+
 def lower_base_precision(run: Run, model: PeftModel) -> None:
     """Puts the frozen layers below an adapter into `--base_precision`; the next stage then loads the base again."""
     if run.settings.recipe.base_precision == "fp8":
         run.base = None
         print("\n".join(quantize_frozen_base(model).lines()), flush=True)
+
+
+def recomputable_dropout(run: Run, model: PeftModel) -> None:
+    """Gives compiled layers a dropout that they may compute again; see `qvl.seeded_dropout`."""
+    if trains_compiled(run.settings):
+        seed_dropout(model)
 
 
 def _leave_trainer(base: PreTrainedModel, forward: Any) -> None:

@@ -81,12 +81,14 @@ def loss_and_gradients(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_trains_like_separate_samples(name: str, examples: list[Example], **kwargs: Any) -> None:
+def assert_trains_like_separate_samples(
+    name: str, examples: list[Example], rows: list[dict[str, Any]] | None = None, **kwargs: Any
+) -> None:
     model = base(name)
     loss, gradients = loss_and_gradients(model, trl_batch(examples, name))
     use_segment_attention(model)
     try:
-        ours, our_gradients = loss_and_gradients(model, collator(name, **kwargs)(examples))
+        ours, our_gradients = loss_and_gradients(model, collator(name, **kwargs)(rows or examples))
     finally:
         use_sdpa(model)
         model.zero_grad()
@@ -113,6 +115,13 @@ def examples_for(name: str) -> list[Example]:
         if name != CHAT
         else [{**row, **tree("Hi " * len(row["completions"]), row["completions"])} for row in EXAMPLES]
     )
+
+
+@pytest.mark.parametrize("name", [VISION[0], CHAT])
+def test_packs_train_like_separate_samples(name: str) -> None:
+    examples = examples_for(name)
+    packs = [{"pack": examples[:1]}, {"pack": examples[1:]}]
+    assert_trains_like_separate_samples(name, examples, packs, padding_free=True)
 
 
 @pytest.mark.parametrize("padding_free", [False, True])
