@@ -1,6 +1,7 @@
 """From examples to what the trainer iterates over: rows that fit, answers beside their prompt, and their collator."""
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Sequence
 
 from datasets import Dataset
 
@@ -11,14 +12,16 @@ from qvl.errors import UserError
 from qvl.examples import joined_completions, undecoded_examples, with_lengths
 from qvl.files import write_json_atomically
 from qvl.models import load_config
+from qvl.packing import packed_rows
 from qvl.positions import positions_of
+from qvl.processes import is_main, num_processes
 from qvl.shared_prefix import SharedPrefixCollator, segment_refusal
 from qvl.survey import RowLength, describe_lengths, fit_rows, training_lengths
 from qvl.token_lengths import summarize_lengths
 from qvl.turns import truncate_turns
 
 # Rows on a GPU are as long as a multiple of this: SDPA copies a mask whose rows are not aligned.
-_LENGTH_MULTIPLE_TOKENS = 16
+LENGTH_MULTIPLE_TOKENS = 16
 
 
 def prepare_training_rows(run: Run) -> tuple[Dataset, CompletionCollator | SharedPrefixCollator]:
@@ -51,20 +54,53 @@ def prepare_training_rows(run: Run) -> tuple[Dataset, CompletionCollator | Share
     run.record.log_metrics(
         {"num_overlong_rows_dropped": num_dropped, "num_bad_rows_skipped": run.data.summary.num_skipped}
     )
-    write_json_atomically(run.folder / "token_lengths.json", summarize_lengths(lengths, training.max_length))
+    if is_main():
+        write_json_atomically(run.folder / "token_lengths.json", summarize_lengths(lengths, training.max_length))
     truncate = recipe.overlong == "truncate_text"
     joined = joined_completions(fitting, recipe.captions_per_step) if recipe.shared_prefix else fitting
-    if not _knows_segments(run, would_share=len(joined) < len(fitting)):
+    if not _knows_segments(run, would_share=len(joined) < len(fitting) or training.packing):
         rows = with_lengths(fitting, [length.num_tokens for length in lengths])
         return rows, CompletionCollator(run.processing_class, training.max_length, truncate)
-    return with_lengths(joined, list(_joined_lengths(joined, lengths))), SharedPrefixCollator(
+    joined_tokens = [length.num_tokens for length in joined_lengths(joined, lengths)]
+    return with_lengths(joined, joined_tokens), SharedPrefixCollator(
         run.processing_class,
         positions_of(load_config(run.settings)),
         training.max_length,
         truncate,
-        padding_free=training.padding_free,
-        pad_to_multiple_of=_LENGTH_MULTIPLE_TOKENS if run.device.type == "cuda" else 1,
+        padding_free=training.padding_free or training.packing,
+        pad_to_multiple_of=LENGTH_MULTIPLE_TOKENS if run.device.type == "cuda" else 1,
     )
+
+
+def packed_if_wanted(run: Run, rows: Dataset, collator: CompletionCollator | SharedPrefixCollator) -> Dataset:
+    """What the trainer iterates over: the rows, or with `--packing` rows of several of them, up to `--max_length`.
+
+    Where the model cannot train on samples that share a row, nothing is packed; `prepare_training_rows` has said so.
+
+    Args:
+        run: whose flags count.
+        rows: from `prepare_training_rows`.
+        collator: from there too.
+
+    Raises:
+        UserError: `--packing` without a length to fill rows up to.
+    """
+    training = run.settings.training
+    if not training.packing or not isinstance(collator, SharedPrefixCollator):
+        return rows
+    if training.max_length is None:
+        raise UserError("--packing fills rows up to --max_length, which is none: give it, or leave --packing out.")
+    packed = packed_rows(rows, training.max_length)
+    num_tokens = sum(packed.with_format(None)["length"])
+    num_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * num_processes()
+    steps = [-(-len(dataset) // num_per_step) for dataset in (packed, rows)]
+    print(
+        f"--packing: {len(rows)} rows in {len(packed)} of up to {training.max_length} tokens, which are "
+        f"{num_tokens / (len(packed) * training.max_length):.0%} full; an epoch has {steps[0]} optimizer steps of "
+        f"{num_per_step} of them, in place of {steps[1]}.",
+        flush=True,
+    )
+    return packed
 
 
 def _knows_segments(run: Run, would_share: bool) -> bool:
@@ -83,11 +119,19 @@ def _knows_segments(run: Run, would_share: bool) -> bool:
     return False
 
 
-def _joined_lengths(joined: Dataset, lengths: Sequence[RowLength]) -> Iterator[int]:
-    """Tokens of each joined row: those of the first answer's, and each further answer with the copy it begins with."""
+def joined_lengths(joined: Dataset, lengths: Sequence[RowLength]) -> list[RowLength]:
+    """Lengths of joined rows: that of the first answer's, and of each further answer with the copy it begins with.
+
+    Args:
+        joined: rows from `joined_completions`.
+        lengths: of the separate rows they were made of.
+    """
     remaining = iter(lengths)
+    result = []
     for row in undecoded_examples(joined):
-        num_tokens = next(remaining).num_tokens
-        for _ in row.get("completions", [None])[1:]:
-            num_tokens += next(remaining).num_target_tokens + 1
-        yield num_tokens
+        first = next(remaining)
+        further = [next(remaining).num_target_tokens for _ in row.get("completions", [None])[1:]]
+        num_tokens = first.num_tokens + sum(further) + len(further)
+        num_targets = first.num_target_tokens + sum(further)
+        result.append(dataclasses.replace(first, num_tokens=num_tokens, num_target_tokens=num_targets))
+    return result

@@ -2,7 +2,8 @@
 
 Every assistant turn is trained on, up to and including its end token, and nothing else: system prompts, questions and
 tool results are context. The baseline's and the adapter's loss and perplexity on held-out answers stand side by side
-in report.html and in MLflow, with what both answer.
+in report.html and in MLflow, with what both answer. Short conversations share rows of up to --max_length tokens without
+seeing each other; the run prints how many optimizer steps an epoch has then.
 
     python recipes/qwen_chat.py                                        # the sample conversations in recipes/data
     python recipes/qwen_chat.py --dataset_name path/to/chats.jsonl     # your own; a tenth is held out
@@ -42,6 +43,8 @@ DEFAULTS = {
     "gradient_checkpointing": True,
     # Tokens; a longer conversation stops the run, or loses its last turns with --overlong truncate_turns.
     "max_length": 2048,
+    # Short conversations share a row of that length and do not see each other; the batch counts such rows.
+    "packing": True,
     "per_device_eval_batch_size": 8,
     # Loss and perplexity of the held-out answers come with every recipe; no text score tells a good chat answer.
     "scores": ["rouge_l"],
@@ -62,7 +65,9 @@ SMOKE = {
     "load_in_4bit": False,
     "learning_rate": 5e-3,
     "max_steps": 40,
-    "per_device_train_batch_size": 8,
+    # Tokens of a row, which holds about eight of these short chats.
+    "max_length": 512,
+    "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "gradient_checkpointing": False,
     "per_device_eval_batch_size": 30,
