@@ -27,8 +27,8 @@ from qvl.survey import fit_rows, training_lengths
 from qvl.tracking import RunRecord
 from qvl.train_stage import trainer_arguments
 from qvl.trainer import build_trainer, train
-from qvl.training_form import lower_base_precision, training_form
-from qvl.training_rows import prepare_training_rows
+from qvl.training_form import lower_base_precision, recomputable_dropout, training_form
+from qvl.training_rows import packed_if_wanted, prepare_training_rows
 
 TRL_DEFAULTS, TRL_BEST, QVL = "TRL, its defaults", "TRL, its best batch", "qvl"
 DEFAULT_CASES = (TRL_DEFAULTS, TRL_BEST, QVL)
@@ -207,7 +207,8 @@ def _qvl(run: Run, num_rows: int) -> Iterator[Contestant]:
     with training_form(run, base, collator):
         model = adapters.add_adapter(base, run.settings)
         lower_base_precision(run, model)
-        repeated = _repeated(rows, num_rows)
+        recomputable_dropout(run, model)
+        repeated = _repeated(packed_if_wanted(run, rows, collator), num_rows)
         trainer = build_trainer(model, run.processing_class, repeated, None, trainer_arguments(run), collator)
 
         def run_it() -> None:
@@ -228,6 +229,7 @@ def _plain_trl(run: Run, num_rows: int) -> Contestant:
     # Already applied: the model is loaded and the template is set.
     arguments.model_init_kwargs = arguments.chat_template_path = None
     arguments.padding_free = False  # TRL refuses it for images
+    arguments.packing = False  # its default, whatever a recipe's is
     # Only answers are trained on, as qvl does it.
     arguments.assistant_only_loss = "messages" in first
     arguments.completion_only_loss = None
