@@ -4,7 +4,8 @@ Real Qwen classes and processors with few parameters, trained from scratch on ge
 The vision-language models see images and answer in the *terse* style, or answer a short question; they read whole
 sentences as text only, under another prompt and without an image. So they know what a scene shows and know the words
 of the captions, but a sentence about an image is what a recipe's LoRA has yet to teach. The chat model answers
-questions about a described scene in a word or two. Training is fp32; weights are kept in bfloat16.
+questions about a described scene in a word or two. The CLIP and the text model are those of `qvl.pretrain_clip`.
+Training is fp32; weights are kept in bfloat16.
 The vision-language models take minutes on a GPU with a dozen cores to draw for it, and hours on two CPU cores.
 """
 
@@ -27,7 +28,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.data import DataLoader
 
-from qvl import scenes
+from qvl import pretrain_clip, scenes
 
 SPECIAL_TOKENS = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
@@ -53,7 +54,10 @@ RECIPES = {
     "tiny-qwen3-vl": Recipe("qwen3_vl", num_steps=1600, batch_size=32, learning_rate=1.5e-3),
     "tiny-qwen2.5-vl": Recipe("qwen2_5_vl", num_steps=1600, batch_size=32, learning_rate=1.5e-3),
     "tiny-qwen3-chat": Recipe("qwen3_instruct_2507", num_steps=1200, batch_size=32, learning_rate=2e-3),
+    "tiny-qwen3-text": Recipe("qwen3_instruct_2507", num_steps=500, batch_size=16, learning_rate=2.5e-3),
 }
+TEXT_MODELS = ("tiny-qwen3-chat", "tiny-qwen3-text")
+CLIP = "tiny-clip"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +121,8 @@ def examples(name: str, num_examples: int, rng: random.Random, seed: int) -> lis
         scene = scenes.make_scene(rng.getrandbits(40), seed, "train")
         if name == "tiny-qwen3-chat":
             made.append(chat_example(scene, rng))
+        elif name == "tiny-qwen3-text":
+            made.append(Example(_turns(*pretrain_clip.reading_turns(scene, rng, TERSE_PROMPTS))))
         else:
             make = image_example if rng.random() < IMAGE_SHARE else text_example
             made.append(make(scene, rng))
@@ -158,11 +164,11 @@ def make_tokenizer(seed: int) -> transformers.PreTrainedTokenizerFast:
 
 
 def make_processor(name: str, seed: int) -> Any:
-    """The model's processor with TRL's chat template (for the chat model its tokenizer)."""
+    """The model's processor with TRL's chat template (for text models their tokenizer)."""
     tokenizer = make_tokenizer(seed)
     folder = Path(trl.__file__).parent / "chat_templates"
     template = (folder / f"{RECIPES[name].template}.jinja").read_text(encoding="utf-8")
-    if name == "tiny-qwen3-chat":
+    if name in TEXT_MODELS:
         tokenizer.chat_template = template
         return tokenizer
     size = {"shortest_edge": 64 * 64, "longest_edge": 512 * 512}
@@ -193,7 +199,9 @@ def make_model(name: str, tokenizer: Any) -> Any:
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "tie_word_embeddings": True,
     } | ends
-    if name == "tiny-qwen3-chat":
+    if name == "tiny-qwen3-text":
+        text |= {"intermediate_size": 320, "num_hidden_layers": 3}
+    if name in TEXT_MODELS:
         return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**text, head_dim=32)).float()
     vision: dict[str, Any] = {
         "depth": 3,
@@ -279,7 +287,7 @@ def train(name: str, seed: int, device: str, num_workers: int) -> tuple[Any, Any
     transformers.set_seed(seed)
     processor = make_processor(name, seed)
     model = make_model(name, getattr(processor, "tokenizer", processor)).to(device).train()
-    if name != "tiny-qwen3-chat":
+    if name not in TEXT_MODELS:
         _embed_patches_by_product(model.model.visual.patch_embed)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
@@ -327,9 +335,10 @@ def _embed_patches_by_product(patch_embed: Any) -> None:
 def save(name: str, seed: int, folder: Path, model: Any, processor: Any, record: dict[str, float | str]) -> None:
     """Writes weights in bfloat16, processor, generation settings and made.json; replaces `folder` when all is there."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    model.generation_config = transformers.GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
-    )
+    if model.can_generate():
+        model.generation_config = transformers.GenerationConfig(
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
+        )
     made = {
         "command": f"python -m qvl.pretrain --model {name} --out DIR --seed {seed}",
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, tokenizers, trl)},
@@ -349,7 +358,7 @@ def save(name: str, seed: int, folder: Path, model: Any, processor: Any, record:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=sorted(RECIPES), default=list(RECIPES))
+    parser.add_argument("--model", nargs="+", choices=sorted([*RECIPES, CLIP]), default=[*RECIPES, CLIP])
     parser.add_argument("--out", type=Path, required=True, help="folder that gets one folder per model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -358,7 +367,10 @@ def main() -> None:
     # The tensors are too small for a second thread to help, and on a busy machine threads wait for each other.
     torch.set_num_threads(1)
     for name in args.model:
-        model, processor, record = train(name, args.seed, args.device, args.num_workers)
+        if name == CLIP:
+            model, processor, record = pretrain_clip.train_clip(args.seed, args.device, args.num_workers)
+        else:
+            model, processor, record = train(name, args.seed, args.device, args.num_workers)
         save(name, args.seed, args.out / name, model, processor, record)
         print(f"{args.out / name}: {record}")
 
