@@ -1,0 +1,292 @@
+"""Bytes that a step keeps for its backward, and those it needs for a moment: formulas from what the layers do.
+
+Each term names the tensor it stands for. They are those that autograd saves in transformers' decoder layers of the
+Llama kind (Qwen2, Qwen2.5, Qwen3, also inside Qwen-VL and LLaVA) with PEFT's LoRA on CUDA: `tests/test_memory.py`
+counts the saved tensors of such layers and holds the formulas to them. Of compiled layers, where a partitioner decides
+what is computed again, the formula says what was seen there: see `_compiled_bytes`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from peft import LoraConfig
+from torch import nn
+from transformers import PreTrainedModel
+
+from qvl.memory_weights import adapted_layers
+
+# What a layer keeps: all that its backward needs; its input alone (activation checkpointing); what the partitioner of a
+# compiled layer leaves; and its input alone, the rest computed again by compiled code.
+Mode = Literal["kept", "checkpointed", "compiled", "compiled checkpointed"]
+
+_FP32 = 4
+_INPUTS = {
+    "q_proj": "hidden",
+    "k_proj": "hidden",
+    "v_proj": "hidden",
+    "o_proj": "query",
+    "gate_proj": "hidden",
+    "up_proj": "hidden",
+    "down_proj": "intermediate",
+}
+# Layers that read the same tensor save it once, where no cast and no dropout makes each a copy of its own.
+_SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Of a patch in one block of the tower without gradients, in its hidden size: rotary embeddings of queries and keys in
+# fp32, their halves and products (Qwen3-VL 37, Qwen2.5-VL 35, CLIP 30, counted by fake tensors).
+_TOWER_BYTES_PER_HIDDEN = 37
+# TRL's tile of logits: 4,096 targets and 32,768 tokens of the vocabulary at most.
+_TILE_TARGETS, _TILE_VOCABULARY = 4096, 32768
+# Of the held-out loss, see `qvl.held_out`: logits in fp32, their exponential, the product of both.
+_LOSS_CHUNK_TARGETS, _LOSS_CHUNK_BYTES = 1024, 12
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """What the formulas need to know of the decoder's layers and the adapter on them. Sizes are numbers of features.
+
+    Attributes:
+        hidden: of the residual stream.
+        query: of all query heads together.
+        key_value: of all key heads together.
+        intermediate: of the MLP.
+        has_head_norms: whether queries and keys are normalized (Qwen3).
+        adapted: names of the projections with LoRA.
+        rank: of LoRA.
+        dropout: whether LoRA has any.
+    """
+
+    num_layers: int
+    hidden: int
+    query: int
+    key_value: int
+    intermediate: int
+    num_heads: int
+    num_key_value_heads: int
+    has_head_norms: bool
+    vocabulary: int
+    adapted: frozenset[str]
+    rank: int
+    dropout: bool
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """What the formulas need to know of the vision part.
+
+    Attributes:
+        hidden: features of a patch.
+        patch_values: numbers that a patch consists of.
+        patches_per_token: patches behind one visual token.
+        pixels_per_token: pixels behind it.
+        num_features: features that a visual token brings: one, and one for each layer that DeepStack adds to.
+        num_kept: hidden states that the tower gives besides the last one (LLaVA asks CLIP for all of them).
+    """
+
+    hidden: int
+    intermediate: int
+    num_blocks: int
+    patch_values: int
+    patches_per_token: int
+    pixels_per_token: int
+    num_features: int
+    num_kept: int
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a step computes.
+
+    Attributes:
+        compute_bytes: of a number in a matrix product.
+        has_autocast: whether PEFT's fp32 adapters compute in the same format.
+    """
+
+    compute_bytes: int
+    has_autocast: bool
+
+
+def decoder_shape(empty: PreTrainedModel, lora: LoraConfig) -> DecoderShape | None:
+    """Reads the sizes off a model on the meta device; None where its layers are not of the kind the formulas know."""
+    config, layer = empty.config.get_text_config(decoder=True), empty.get_decoder().layers[0]
+    projections = {name.rpartition(".")[2]: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    if set(projections) != set(_INPUTS):
+        return None
+    adapted = adapted_layers(empty, lora)
+    return DecoderShape(
+        num_layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        query=projections["q_proj"].out_features,
+        key_value=projections["k_proj"].out_features,
+        intermediate=projections["gate_proj"].out_features,
+        num_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        has_head_norms=any(name.endswith("q_norm") for name, _ in layer.named_modules()),
+        vocabulary=config.vocab_size,
+        adapted=frozenset(name.rpartition(".")[2] for name in adapted if ".layers.0." in name),
+        rank=lora.r,
+        dropout=lora.lora_dropout > 0,
+    )
+
+
+def tower_shape(config: Any) -> TowerShape | None:
+    """Reads the sizes off a model's configuration; None for a text-only model."""
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        return None
+    channels = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", 3)
+    depth = getattr(vision, "depth", None) or vision.num_hidden_layers
+    is_qwen = hasattr(vision, "spatial_merge_size")
+    # A projector may pool CLIP's patches into fewer tokens.
+    patches_per_token = (
+        vision.spatial_merge_size**2
+        if is_qwen
+        else max(1, (vision.image_size // vision.patch_size) ** 2 // config.image_seq_length)
+    )
+    return TowerShape(
+        hidden=vision.hidden_size,
+        intermediate=vision.intermediate_size,
+        num_blocks=depth,
+        patch_values=channels * vision.patch_size**2 * getattr(vision, "temporal_patch_size", 1),
+        patches_per_token=patches_per_token,
+        pixels_per_token=patches_per_token * vision.patch_size**2,
+        num_features=1 + len(getattr(vision, "deepstack_visual_indexes", None) or ()),
+        num_kept=0 if is_qwen else depth,
+    )
+
+
+def saved_bytes(shape: DecoderShape, form: Format, mask_tokens: int) -> int:
+    """What one layer saves of one token for its backward.
+
+    Args:
+        shape: of the layer.
+        form: how it computes.
+        mask_tokens: length of a row whose attention has a dense mask (padding, segments): the mask is saved as numbers,
+            and heads of keys and values are repeated to those of the queries; 0 without a mask.
+    """
+    c = form.compute_bytes
+    key_value = shape.query if mask_tokens else shape.key_value
+    attention = c * (2 * shape.query + 2 * key_value + mask_tokens) + _FP32 * shape.num_heads
+    mlp = 3 * c * shape.intermediate  # gate, its SiLU, up
+    return _norm_bytes(shape) + attention + mlp + _lora_bytes(shape, form)
+
+
+def kept_bytes(shape: DecoderShape, form: Format, mode: Mode, mask_tokens: int) -> int:
+    """What all layers together keep of one token until their backward."""
+    if mode in ("checkpointed", "compiled checkpointed"):
+        one = form.compute_bytes * shape.hidden
+    elif mode == "compiled":
+        one = _compiled_bytes(shape, form)
+    else:
+        one = saved_bytes(shape, form, mask_tokens)
+    return shape.num_layers * one
+
+
+def passing_bytes(shape: DecoderShape, form: Format, mode: Mode, mask_tokens: int) -> int:
+    """What one token needs on top of `kept_bytes` at the worst moment, in the last layer's MLP.
+
+    With checkpointing that layer's own saved tensors come to it, and the gradients of its input and output.
+    """
+    c, hidden, intermediate = form.compute_bytes, shape.hidden, shape.intermediate
+    if mode == "compiled":
+        # Gradients of gate and up, from that of their product; two of the three take the place of what was kept.
+        return c * intermediate
+    if mode == "compiled checkpointed":
+        # What a compiled layer would have kept, the inputs of LoRA's matrices, and those gradients.
+        return _compiled_bytes(shape, form) + c * (_adapted_inputs(shape) + 3 * intermediate)
+    cast = _FP32 * intermediate if "down_proj" in shape.adapted and c < _FP32 else 0
+    dropped = _FP32 * intermediate if cast and shape.dropout else 0
+    # Residual, norm and the base's output; then LoRA's output and the same scaled.
+    passing = c * intermediate + max(cast + dropped + 3 * c * hidden, cast + 5 * c * hidden)
+    return passing if mode == "kept" else passing + saved_bytes(shape, form, mask_tokens) + 2 * c * hidden
+
+
+def loss_bytes(shape: DecoderShape, form: Format, num_tokens: int, num_targets: int) -> int:
+    """What the loss holds: the last norm with its gradient, and the targets' hidden states and TRL's tile of logits."""
+    c = form.compute_bytes
+    tile = min(num_targets, _TILE_TARGETS) * min(shape.vocabulary, _TILE_VOCABULARY) * c
+    targets = num_targets * shape.hidden * (2 * c + _FP32)
+    return num_tokens * shape.hidden * (_FP32 + 3 * c) + targets + tile
+
+
+def held_out_bytes(
+    shape: DecoderShape, compute_bytes: int, has_adapter: bool, num_tokens: int, num_targets: int
+) -> int:
+    """What the held-out loss of a batch needs beside the weights."""
+    chunk = min(num_targets, _LOSS_CHUNK_TARGETS) * shape.vocabulary * _LOSS_CHUNK_BYTES
+    layer = num_tokens * reading_bytes(shape, compute_bytes, has_adapter)
+    return max(layer, num_tokens * shape.hidden * compute_bytes + chunk)
+
+
+def reading_bytes(shape: DecoderShape, compute_bytes: int, has_adapter: bool) -> int:
+    """What one token needs for a moment in a layer's MLP where nothing is kept for a backward and nothing autocast.
+
+    With an adapter: LoRA's output in fp32, the same scaled, and the sum with the base's output.
+    """
+    c = compute_bytes
+    if not has_adapter:
+        return c * (3 * shape.intermediate + 3 * shape.hidden)
+    return (2 * c + 2 * _FP32) * shape.intermediate + (3 * c + _FP32) * shape.hidden
+
+
+def cache_bytes(shape: DecoderShape, compute_bytes: int) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * shape.num_layers * shape.key_value * compute_bytes
+
+
+def feature_bytes(tower: TowerShape, shape: DecoderShape, compute_bytes: int) -> int:
+    """What the tower gives for one visual token."""
+    return tower.num_features * shape.hidden * compute_bytes
+
+
+def tower_bytes(tower: TowerShape, form: Format) -> int:
+    """What a frozen tower needs of one patch for a moment, its pixels not counted."""
+    # Under autocast CUDA's layer norm gives fp32, and CLIP begins with one.
+    kept = tower.num_kept * (_FP32 if form.has_autocast else form.compute_bytes)
+    return (_TOWER_BYTES_PER_HIDDEN + kept) * tower.hidden
+
+
+def trained_tower_bytes(tower: TowerShape, form: Format, mode: Mode) -> int:
+    """What a tower that is trained keeps of one patch; an estimate: its blocks differ between families."""
+    c = form.compute_bytes
+    block = 12 * c * tower.hidden + 2 * c * tower.intermediate
+    if mode in ("checkpointed", "compiled checkpointed"):
+        return tower.num_blocks * c * tower.hidden + block
+    return tower.num_blocks * block
+
+
+def _norm_bytes(shape: DecoderShape) -> int:
+    """RMSNorm computes in fp32 and saves its input so, and the reciprocal root of each mean."""
+    heads = shape.query + shape.key_value + shape.num_heads + shape.num_key_value_heads
+    return 2 * _FP32 * (shape.hidden + 1) + (_FP32 * heads if shape.has_head_norms else 0)
+
+
+def _lora_bytes(shape: DecoderShape, form: Format) -> int:
+    """LoRA saves the input of each of its matrices, and a mask of a byte for what dropout leaves."""
+    # PEFT casts a layer's input to the adapter's fp32, autocast casts it back: a copy for each projection.
+    width = form.compute_bytes if form.has_autocast else _FP32
+    total = sum(width * shape.rank for _ in shape.adapted)
+    sizes = {name: getattr(shape, _INPUTS[name]) for name in shape.adapted}
+    if shape.dropout:
+        return total + sum((width + 1) * size for size in sizes.values())
+    if form.has_autocast or form.compute_bytes != _FP32:
+        return total + sum(width * size for size in sizes.values())
+    # All in fp32: the tensors themselves, which attention has saved already in the case of `o_proj`.
+    shared = sum(width * shape.hidden for group in _SHARED_INPUTS if shape.adapted.intersection(group))
+    return total + shared + (width * shape.intermediate if "down_proj" in shape.adapted else 0)
+
+
+def _adapted_inputs(shape: DecoderShape) -> int:
+    return sum(getattr(shape, _INPUTS[name]) for name in shape.adapted)
+
+
+def _compiled_bytes(shape: DecoderShape, form: Format) -> int:
+    """What a compiled layer keeps with an activation memory budget of 0.5 (`qvl.compiled_layers`).
+
+    torch's partitioner computes norms, rotary embeddings, activations and dropout again and keeps what the matrix
+    products and attention give: the outputs of the seven projections (two of them as the residual stream), attention's
+    output, and LoRA's narrow ones. Seen in the saved tensors of a layer on a CPU; on one H100 the 8B shape keeps 2.9 to
+    3.4 MB a token (32 images 47.2 GiB, 48 images 62), this comes to 3.1.
+    """
+    c = form.compute_bytes
+    wide = 2 * shape.hidden + 2 * shape.query + 2 * shape.key_value + 2 * shape.intermediate
+    return c * (wide + len(shape.adapted) * shape.rank) + _FP32 * shape.num_heads
