@@ -1,0 +1,68 @@
+"""Where a sweep lies, on a disk or in a bucket, and what its driver notes there for a later one."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qvl.errors import UserError
+
+_SWEEP_FILE = "sweep.json"
+
+
+def storage_address(path: str) -> str:
+    """A `--storage_path` as Ray takes it: an address such as s3://..., or an absolute folder, which is made.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    if "://" in path:
+        return path
+    folder = Path(path).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--storage_path {path} cannot be made: {error.strerror}.") from error
+    return str(folder)
+
+
+def _file_system(storage: str) -> tuple[Any, str]:
+    from pyarrow.fs import FileSystem
+
+    return FileSystem.from_uri(storage)
+
+
+def sweep_folder(storage: str, name: str, resume: str | None) -> tuple[str, dict[str, Any]]:
+    """The name of the sweep's folder in the storage, and what an earlier driver has noted there.
+
+    Args:
+        storage: from `storage_address`.
+        name: begins the folder's name.
+        resume: None for a new sweep, "newest", or the name of a folder.
+
+    Raises:
+        UserError: there is nothing to resume.
+    """
+    if resume is None:
+        return f"{name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}", {}
+    from pyarrow.fs import FileSelector
+
+    files, root = _file_system(storage)
+    found = sorted(info.base_name for info in files.get_file_info(FileSelector(root, allow_not_found=True)))
+    wanted = [folder for folder in found if folder == resume or (resume == "newest" and folder.startswith(f"{name}_"))]
+    if not wanted:
+        raise UserError(f"--resume {resume}: {storage} holds {', '.join(found) or 'no sweep'}.")
+    try:
+        with files.open_input_stream(f"{root}/{wanted[-1]}/{_SWEEP_FILE}") as file:
+            return wanted[-1], json.loads(file.read())
+    except FileNotFoundError as error:
+        raise UserError(f"{storage}/{wanted[-1]} has no {_SWEEP_FILE}: start the sweep anew.") from error
+
+
+def note_sweep(storage: str, folder: str, content: Mapping[str, Any]) -> None:
+    """Leaves in a sweep's folder what a resumed sweep begins with."""
+    files, root = _file_system(storage)
+    files.create_dir(f"{root}/{folder}", recursive=True)
+    with files.open_output_stream(f"{root}/{folder}/{_SWEEP_FILE}") as file:
+        file.write(json.dumps(content).encode())

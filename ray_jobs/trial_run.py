@@ -1,0 +1,169 @@
+"""One training of a recipe that stops at each report and waits for what a scheduler says. Knows nothing of Ray."""
+
+import contextlib
+import queue
+import runpy
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qvl.errors import Terminated, UserError
+from qvl.kept_base import KeptBase
+from qvl.mlflow_store import first_line
+from qvl.recipe import run
+
+# What PyTorch says where it has no class of its own for it.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a training says of itself.
+
+    Attributes:
+        numbers: the trainer's log at a step, or the run's metrics at its end, by their MLflow names.
+        has_checkpoint: the run folder holds a checkpoint of this very step.
+        is_last: the run has ended.
+        failure: why it failed, in one line; empty if it did not.
+    """
+
+    numbers: dict[str, float] = field(default_factory=dict)
+    has_checkpoint: bool = False
+    is_last: bool = False
+    failure: str = ""
+
+
+class Stopped(Terminated):
+    """A scheduler has ended this training; its MLflow run becomes KILLED."""
+
+
+class TrialRun:
+    """A recipe that runs in a thread, one report at a time: between two of them it does nothing."""
+
+    def __init__(
+        self, file: Path, words: Sequence[str], overrides: Mapping[str, Any], kept: KeptBase, log: Path
+    ) -> None:
+        """Prepares a run; `next_report` starts it.
+
+        Args:
+            file: the recipe.
+            words: its command line.
+            overrides: flags by name, above the command line.
+            kept: base and features of earlier runs of this process.
+            log: file for what the run prints.
+        """
+        self._file, self._words, self._overrides, self._kept, self._log = file, words, overrides, kept, log
+        self._reports: queue.Queue[Report] = queue.Queue()
+        self._goes_on: queue.Queue[bool] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._started_at = time.perf_counter()
+        self.has_ended = False
+
+    def next_report(self) -> Report:
+        """Lets the run go on and waits for what it says next."""
+        if self._thread.ident is None:
+            self._started_at = time.perf_counter()
+            self._thread.start()
+        else:
+            self._goes_on.put(True)
+        report = self._reports.get()
+        self.has_ended = report.is_last
+        return report
+
+    def stop(self) -> None:
+        """Ends the run where it waits, if it does; the base is clean afterwards."""
+        if self._thread.ident is not None and not self.has_ended:
+            self._goes_on.put(False)
+            self._thread.join()
+            self.has_ended = True
+
+    def seconds_since_start(self) -> float:
+        """Since the first report was asked for."""
+        return time.perf_counter() - self._started_at
+
+    def pass_on(self, report: Report) -> None:
+        """Called by the run itself: hands a report over and waits.
+
+        Raises:
+            Stopped: the run is to end here.
+        """
+        self._reports.put(report)
+        if not self._goes_on.get():
+            raise Stopped
+
+    def _work(self) -> None:
+        with (
+            open(self._log, "a", encoding="utf-8", buffering=1) as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            last = self._run_recipe()
+            # Not before the exception is gone, which holds the frames of the training and all of its tensors.
+            self._kept.clean()
+        self._reports.put(last)
+
+    def _run_recipe(self) -> Report:
+        try:
+            recipe = runpy.run_path(str(self._file))["RECIPE"]
+            numbers = run(recipe, self._overrides, self._words, self._kept, [_Reporter(self)])
+        except BaseException as error:
+            traceback.print_exc()
+            return Report(is_last=True, failure=_reason(error))
+        return Report(numbers, is_last=True)
+
+
+class _Reporter(TrainerCallback):
+    """Reports each log of the training; where a checkpoint follows at the same step, after that."""
+
+    def __init__(self, trial: TrialRun) -> None:
+        self._trial = trial
+        self._numbers: dict[str, float] = {}
+        self._is_first_step = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Notes how long the start took."""
+        if self._is_first_step:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self._numbers["seconds_to_first_step"] = self._trial.seconds_since_start()
+        self._is_first_step = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Reports the numbers of a logging step or an evaluation."""
+        found = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        if "loss" not in found and "eval_loss" not in found:
+            return  # the summary at the end, which comes with the run's own metrics
+        self._numbers |= found
+        if not control.should_save:
+            self._report(state, has_checkpoint=False)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Reports the last numbers again, with a checkpoint."""
+        self._report(state, has_checkpoint=True)
+
+    def _report(self, state: TrainerState, has_checkpoint: bool) -> None:
+        self._trial.pass_on(Report({**self._numbers, "training_step": state.global_step}, has_checkpoint))
+
+
+def _reason(error: BaseException) -> str:
+    text = first_line(error)
+    is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in str(error).lower() for words in _OUT_OF_MEMORY
+    )
+    if is_memory:
+        return f"out of memory: {text}"
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"

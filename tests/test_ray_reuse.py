@@ -1,0 +1,157 @@
+"""The base model is loaded once for many trials, and no trial sees that another one was there. Without Ray itself."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qvl.files import read_jsonl
+from qvl.kept_base import KeptBase
+from ray_jobs.learning_rate import set_learning_rate
+from ray_jobs.trial_run import Report, TrialRun
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "flickr8k.py"
+SHORT = {
+    "num_train_examples": 16,
+    "num_eval_examples": 3,
+    "captions_per_image": 2,
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "max_new_tokens": 6,
+    "scores": ["rouge_l"],
+}
+WORDS = ["--smoke", "--stages", "train", "evaluate", "--no_shared_prefix"]
+
+pytestmark = pytest.mark.xdist_group("ray")
+
+
+@pytest.fixture(autouse=True)
+def own_store(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.getbasetemp()}/mlflow.db")
+
+
+def trial(folder: Path, kept: KeptBase, **axes: Any) -> TrialRun:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    overrides = {**SHORT, "output_dir": str(folder), **axes}
+    return TrialRun(RECIPE, WORDS, overrides, kept, folder.parent / f"{folder.name}.log")
+
+
+def finish(run: TrialRun) -> Report:
+    while not (report := run.next_report()).is_last:
+        pass
+    return report
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_jsonl(folder / "training_log.jsonl") if "loss" in row]
+
+
+def answers(folder: Path) -> list[str]:
+    return [row["prediction"] for row in read_jsonl(folder / "finetuned_predictions.jsonl")]
+
+
+def traces(model: torch.nn.Module) -> dict[str, int]:
+    """What SFTTrainer, PEFT and accelerate leave on a model: counted."""
+    modules = list(model.modules())
+    return {
+        "modules": len(modules),
+        "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules),
+        "wrapped forwards": sum("forward" in m.__dict__ for m in modules),
+        "gradients": sum(p.grad is not None for p in model.parameters()),
+        "trainable": sum(p.requires_grad for p in model.parameters()),
+    }
+
+
+FRESH = """
+import sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+from test_ray_reuse import finish, trial
+from qvl.kept_base import KeptBase
+report = finish(trial(Path(sys.argv[1]), KeptBase(), learning_rate=3e-3, lora_r=4, lora_dropout=0.1))
+sys.exit(report.failure or 0)
+"""
+
+
+def test_a_reused_trial_equals_one_in_a_fresh_process_bit_for_bit(tmp_path: Path) -> None:
+    fresh = subprocess.Popen([sys.executable, "-c", FRESH, str(tmp_path / "fresh")], cwd=ROOT, env=dict(os.environ))
+    kept = KeptBase()
+    first = finish(trial(tmp_path / "first", kept, learning_rate=1e-3, lora_r=8))
+    assert not first.failure
+    assert first.numbers["finetuned_rouge_l"] > 0
+    clean = traces(kept._model)
+    assert clean["wrapped forwards"] == clean["hooks"] == 0
+
+    # A scheduler ends one in its course, one does not fit, one has settings that do not work.
+    pruned = trial(tmp_path / "pruned", kept, learning_rate=5e-3, lora_r=16)
+    assert pruned.next_report().numbers["training_step"] == 1
+    assert pruned.next_report().numbers["training_step"] == 2
+    assert traces(kept._model) != clean
+    pruned.stop()
+    assert traces(kept._model) == clean
+    too_large = finish(trial(tmp_path / "too_large", kept, lora_r=10**11))
+    assert too_large.failure.startswith("out of memory: ")
+    assert traces(kept._model) == clean
+    wrong = finish(trial(tmp_path / "wrong", kept, lora_target_modules=["no_such_proj"]))
+    assert "no_such_proj" in wrong.failure
+    assert traces(kept._model) == clean
+
+    reused = trial(tmp_path / "reused", kept, learning_rate=3e-3, lora_r=4, lora_dropout=0.1)
+    assert not finish(reused).failure
+    assert traces(kept._model) == clean
+    assert kept.num_loaded == 1
+    assert fresh.wait(timeout=300) == 0, (tmp_path / "fresh.log").read_text()[-3000:]
+    assert losses(tmp_path / "reused") == losses(tmp_path / "fresh")
+    assert len(losses(tmp_path / "reused")) == SHORT["max_steps"]
+    assert answers(tmp_path / "reused") == answers(tmp_path / "fresh")
+
+    # Of five runs, nothing but the base is left.
+    gc.collect()
+    held = [thing for thing in gc.get_objects() if type(thing).__name__ in ("CompletionTrainer", "AdamW", "LoraLayer")]
+    assert held == []
+
+
+def test_another_base_is_loaded_where_the_flags_ask_for_one(tmp_path: Path) -> None:
+    kept = KeptBase()
+    stop_early = trial(tmp_path / "one", kept)
+    stop_early.next_report()
+    stop_early.stop()
+    other = trial(tmp_path / "other", kept, dtype="bfloat16", bf16=True)
+    other.next_report()
+    assert next(kept._model.parameters()).dtype == torch.bfloat16
+    other.stop()
+    assert kept.num_loaded == 2
+
+
+def test_features_are_computed_once_for_all_trials(tmp_path: Path) -> None:
+    kept = KeptBase()
+    flags = {"cache_vision_features": True, "vision_cache_dir": str(tmp_path / "features"), "learning_rate": 1e-3}
+    for name in ("one", "two"):
+        run = trial(tmp_path / name, kept, **flags)
+        run.next_report()
+        run.stop()
+    assert "are computed now" in (tmp_path / "one.log").read_text()
+    assert "Vision features" not in (tmp_path / "two.log").read_text()
+
+
+def test_a_changed_learning_rate_is_what_a_resumed_training_uses(tmp_path: Path) -> None:
+    kept, folder = KeptBase(), tmp_path / "run"
+    flags = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "save_steps": 2}
+    run = trial(folder, kept, **flags)
+    while not run.next_report().has_checkpoint:
+        pass
+    run.stop()
+    set_learning_rate(folder / "checkpoints", 5e-4)
+    assert not finish(trial(folder, kept, **flags, resume_from_checkpoint="true")).failure
+    rates = [row["learning_rate"] for row in read_jsonl(folder / "training_log.jsonl") if "learning_rate" in row]
+    assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4])
+    assert json.loads((folder / "metrics.json").read_text())["train"]["num_steps"] == SHORT["max_steps"]
