@@ -18,7 +18,7 @@ demo: $(INSTALLED) ## Fine-tune the embedded tiny model on the CPU, without netw
 	$(BIN)/python recipes/flickr8k.py --smoke
 
 test: lint $(LOWEST) $(SMOLLM2) ## Run make check and all tests, also with the lowest supported versions
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 check: lint architecture ## Run ruff, mypy and the import rules
 

@@ -58,7 +58,7 @@ SMOKE = {
     "captions_per_image": 5,
     "learning_rate": 5e-3,
     "max_steps": 60,
-    "per_device_train_batch_size": 16,
+    "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "gradient_checkpointing": False,
     "per_device_eval_batch_size": 40,
