@@ -1,14 +1,14 @@
 """What the stages of one invocation share."""
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from qvl import models, run_folder
 from qvl.data import DataConfig, LoadedData, load_examples
@@ -16,11 +16,18 @@ from qvl.encode import ProcessingClass
 from qvl.errors import UserError
 from qvl.feature_store import default_folder
 from qvl.features import FeatureTable, cache_features, with_cached_features
+from qvl.image_words import Tags, answer_words, images_as_words, zero_shot_tags
+from qvl.kept_base import KeptBase
 from qvl.mixture import read_mixture
+from qvl.processes import is_main
 from qvl.rows import RowToExample
 from qvl.settings import Settings
+from qvl.sharding import Sharding, loading_in_pieces, sharding
 from qvl.text_scores import TextScore
 from qvl.tracking import RunRecord
+
+if TYPE_CHECKING:
+    from qvl.memory import MemoryPlan
 
 
 @dataclass
@@ -36,6 +43,9 @@ class Run:
         record: the MLflow run.
         own_scores: the recipe's own scores, by name.
         base: the base model once a stage has loaded it; never holds an adapter between stages.
+        kept: what an earlier run of this process has left, and a later one gets; None for a process of one run.
+        callbacks: of the trainer, for whoever follows the training from outside.
+        memory: what it was predicted to hold; None where nothing was predicted.
     """
 
     name: str
@@ -46,7 +56,11 @@ class Run:
     record: RunRecord
     own_scores: Mapping[str, TextScore] = field(default_factory=dict)
     base: PreTrainedModel | None = field(default=None)
+    kept: KeptBase | None = None
+    callbacks: Sequence[TrainerCallback] = ()
+    memory: "MemoryPlan | None" = None
     _features: FeatureTable | None = field(default=None, init=False)
+    _tags: Tags | None = field(default=None, init=False)
 
     @property
     def device(self) -> torch.device:
@@ -59,14 +73,38 @@ class Run:
             print(f"Loading {self.settings.model.model_name_or_path} ...", flush=True)
             # A trainer and its model hold each other: what is left of them makes room first.
             gc.collect()
-            self.base = models.load_base(self.settings, self.device)
+            load = self.kept.load if self.kept else models.load_base
+            self.base = load(self.settings, self.device)
         return self.base
 
+    def load_base_to_train(self) -> PreTrainedModel:
+        """The base model as it is trained; where processes share it out, one of its own that no other stage gets."""
+        if sharding() is Sharding.NOTHING:
+            return self.load_base()
+        self.base = None
+        gc.collect()
+        print(f"Loading {self.settings.model.model_name_or_path} for {sharding().value} ...", flush=True)
+        with loading_in_pieces(self.settings):
+            return models.load_base(self.settings, self.device, to_share_out=sharding().in_pieces)
+
+    def in_words(self, examples: datasets.Dataset) -> datasets.Dataset:
+        """Rows of the run, with `--vision_mode text` words in place of pictures."""
+        if self.settings.recipe.vision_mode != "text":
+            return examples
+        if self._tags is None:
+            both = [self.data.train, self.data.evaluation]
+            self._tags = zero_shot_tags(self.settings, self.device, both, answer_words(self.data.train))
+        return images_as_words(examples, self._tags)
+
     def for_model(self, examples: datasets.Dataset) -> datasets.Dataset:
-        """Rows of the run as its model reads them: with `--cache_vision_features`, features in place of pictures."""
+        """Rows of the run as its model reads them: words or cached features may stand in place of pictures."""
+        examples = self.in_words(examples)
         flags = self.settings.recipe
         if not flags.cache_vision_features:
             return examples
+        fingerprint = self.data.summary.fingerprint
+        if self._features is None and self.kept is not None:
+            self._features = self.kept.features(self.settings, fingerprint)
         if self._features is None:
             self._features = cache_features(
                 self.load_base(),
@@ -77,10 +115,14 @@ class Run:
                 self.settings.training.per_device_eval_batch_size,
                 self.settings.training.dataloader_num_workers,
             )
+            if self.kept is not None:
+                self.kept.keep_features(self._features, self.settings, fingerprint)
         return with_cached_features(examples, self._features)
 
     def put_metrics(self, part: str, values: dict[str, Any]) -> None:
-        """Updates metrics.json and, with the same numbers, MLflow."""
+        """Updates metrics.json and, with the same numbers, MLflow; of several processes the main one does."""
+        if not is_main():
+            return
         whole = run_folder.update_metrics(self.folder, part, values)
         self.record.log_metrics(run_folder.flat_metrics({part: whole[part]}))
 

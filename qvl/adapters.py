@@ -7,30 +7,52 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from qvl.adapter_origin import read_trained_with
+from qvl.clip_llm import require_same_composition
 from qvl.errors import UserError
 from qvl.models import language_model_path
 from qvl.settings import Settings
+from qvl.trained_parts import TrainedPart, is_trained_whole, modules_to_save, trained_parts
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 DEFAULT_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def add_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
-    """Puts a fresh LoRA adapter, or the one in `--adapter`, on a base model. Its weights are fp32.
+    """Puts a fresh LoRA adapter, or the one in `--adapter`, on a base model. Its LoRA weights are fp32.
 
     Raises:
-        UserError: a target that matches nothing in the language model, or a folder that is no adapter.
+        UserError: a target that matches nothing in the language model, a folder that is no adapter, or a part that is
+            to be trained and is not there.
     """
     # PEFT draws the adapter's weights: seeded here so that a resumed or reused base gives the same ones.
     set_seed(settings.training.seed)
-    if settings.recipe.adapter is not None:
-        return load_adapter(model, Path(settings.recipe.adapter), is_trainable=True)
-    return get_peft_model(model, lora_config(model, settings))
+    parts = trained_parts(model, settings)
+    if settings.recipe.adapter is None:
+        lora = lora_config(model, settings, parts)
+        return get_peft_model(model, lora)
+    adapted = load_adapter(model, Path(settings.recipe.adapter), is_trainable=True)
+    _require_parts_in_adapter(adapted, parts, settings.recipe.adapter)
+    return adapted
+
+
+def _require_parts_in_adapter(model: PeftModel, parts: Sequence[TrainedPart], adapter: str) -> None:
+    """An adapter goes on with what it was made of: PEFT gives it no further modules."""
+    copies = [name for name, _ in model.named_parameters() if ".modules_to_save." in name]
+    held = {name.partition(".modules_to_save.")[0] for name in copies}
+    for part in parts:
+        if not {f"base_model.model.{path}" for path in part.paths} <= held:
+            raise UserError(
+                f"--train_{part.name}: the adapter in {adapter} holds no {part.name} to train further. Leave "
+                f"--train_{part.name} out, or start without --adapter."
+            )
 
 
 def require_adapter(folder: Path) -> None:
@@ -52,6 +74,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, is_trainable: bool = Fals
         UserError: no adapter there, or one for another base.
     """
     require_adapter(folder)
+    require_same_composition(model, read_trained_with(folder) or {}, folder)
     weights = folder / _ADAPTER_WEIGHTS
     try:
         with warnings.catch_warnings():
@@ -73,19 +96,34 @@ def load_adapter(model: PreTrainedModel, folder: Path, is_trainable: bool = Fals
     return adapted
 
 
-def lora_config(model: PreTrainedModel, settings: Settings) -> LoraConfig:
-    """LoRA on the named linear layers of the language model, as a pattern of full paths.
+def round_adapter_weights(folder: Path, dtype: torch.dtype) -> None:
+    """Rewrites a saved adapter in the format that its base computes in.
+
+    A projector as large as a composed model's is as good in 16 bits, which it is computed in, and half the size.
+
+    Args:
+        folder: of the adapter.
+        dtype: of the base.
+    """
+    weights = folder / _ADAPTER_WEIGHTS
+    rounded = {name: tensor.to(dtype) for name, tensor in load_file(weights).items()}
+    save_file(rounded, weights, metadata={"format": "pt"})
+
+
+def lora_config(model: PreTrainedModel, settings: Settings, parts: Sequence[TrainedPart] = ()) -> LoraConfig:
+    """LoRA on the named linear layers of the language model, as a pattern of full paths; whole parts beside it.
 
     Plain names such as `q_proj` would match vision towers too (CLIP's attention has the same names).
     """
     options = settings.model
+    whole = [*(options.lora_modules_to_save or []), *modules_to_save(parts)]
     _require_modules(model, options.lora_modules_to_save or [])
     return LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=_target_pattern(model, options.lora_target_modules or DEFAULT_TARGETS),
-        modules_to_save=options.lora_modules_to_save,
+        modules_to_save=whole or None,
         use_rslora=options.use_rslora,
         use_dora=options.use_dora,
         task_type="CAUSAL_LM",
@@ -123,7 +161,7 @@ class ParameterReport:
         modules: for each kind of touched layer (`layers.*.self_attn.q_proj`) its count.
         num_trainable: trainable parameters.
         num_total: all parameters; a 4-bit weight counts as its unpacked size.
-        outside: names of trainable parameters outside the language model.
+        outside: names of trainable parameters outside the language model and the parts that are trained whole.
     """
 
     modules: dict[str, int]
@@ -138,14 +176,19 @@ class ParameterReport:
         return ["Adapters on:", *table, f"Trainable: {self.num_trainable:,} of {self.num_total:,} ({share:.3%})"]
 
 
-def report_parameters(model: PeftModel) -> ParameterReport:
-    """Lists what an adapter touches and how much of the model it trains."""
+def report_parameters(model: PeftModel, parts: Sequence[TrainedPart] = ()) -> ParameterReport:
+    """Lists what an adapter touches and how much of the model it trains.
+
+    Args:
+        model: adapter on its base.
+        parts: that are trained whole because they were asked for.
+    """
     path = "base_model.model." + language_model_path(model.get_base_model())
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     layers = {re.sub(r"\.(lora_|modules_to_save).*", "", name) for name in trainable}
     kinds = Counter(re.sub(r"\.\d+\.", ".*.", name.removeprefix("base_model.model.")) for name in layers)
     num_trainable, num_total = model.get_nb_trainable_parameters()
-    outside = [name for name in trainable if not name.startswith(path + ".")]
+    outside = [name for name in trainable if not name.startswith(path + ".") and not is_trained_whole(name, parts)]
     return ParameterReport(dict(kinds), num_trainable, num_total, outside)
 
 
@@ -158,6 +201,6 @@ def require_adapter_in_language_model(report: ParameterReport) -> None:
     if report.outside:
         raise UserError(
             f"{len(report.outside)} trainable parameters sit outside the language model, the first is "
-            f"{report.outside[0]}. The vision tower and the merger stay frozen: change --lora_target_modules or "
-            "--lora_modules_to_save, or train another --adapter."
+            f"{report.outside[0]}. Vision parts stay frozen unless they are asked for (--train_merger, "
+            "--train_vision_tower): change --lora_target_modules or --lora_modules_to_save, or train another --adapter."
         )

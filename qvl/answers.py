@@ -11,6 +11,7 @@ from qvl.active_run import Run
 from qvl.data import prompt_messages
 from qvl.examples import undecoded_examples
 from qvl.generate import Decoding, generate
+from qvl.given_prompts import as_prompt
 from qvl.metrics import ScoreStatistics, loss_statistics, score_statistics
 from qvl.survey import prompt_lengths
 
@@ -32,7 +33,8 @@ def answer_prompts(run: Run, model: PreTrainedModel | PeftModel, examples: Datas
         Rows of a predictions file, in the order of `examples`: id, image, images, prompt, prediction, references.
     """
     decoding = decoding_of(run, len(examples))
-    lengths = prompt_lengths(examples, run.processing_class)
+    asked = run.in_words(examples)
+    lengths = prompt_lengths(asked, run.processing_class)
     answers = generate(model, run.processing_class, Prompts(run.for_model(examples)), decoding, lengths, label=label)
     return [
         {
@@ -43,18 +45,18 @@ def answer_prompts(run: Run, model: PreTrainedModel | PeftModel, examples: Datas
             "prediction": answer,
             "references": row["references"],
         }
-        for row, answer in zip(undecoded_examples(examples), answers, strict=True)
+        for row, answer in zip(undecoded_examples(asked), answers, strict=True)
     ]
 
 
 def decoding_of(run: Run, num_prompts: int) -> Decoding:
     """How the run's flags say that so many prompts are answered."""
     recipe, training = run.settings.recipe, run.settings.training
+    is_captured = run.device.type == "cuda"
     return Decoding(
         max_new_tokens=recipe.max_new_tokens,
-        # On a GPU, by its free memory.
-        batch_size=recipe.generation_batch_size
-        or (None if run.device.type == "cuda" else training.per_device_eval_batch_size),
+        # On a GPU, by its free memory, where a captured graph says how much a prompt needs.
+        batch_size=recipe.generation_batch_size or (None if is_captured else training.per_device_eval_batch_size),
         seed=training.seed,
         do_sample=recipe.do_sample,
         temperature=recipe.temperature,
@@ -94,8 +96,7 @@ class Prompts:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self.examples[index]
-        return {"prompt": prompt_messages(example), "images": example["images"], "tools": example.get("tools")}
+        return as_prompt(self.examples[index])
 
 
 def _plain_text(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -8,6 +8,7 @@ stdout, everything else to stderr:
     python -m qvl.chat --adapter RUN/adapter --prompt - < question.txt         # the question is all of stdin
     python -m qvl.chat --adapter RUN/adapter --image dog.jpg --prompt "What is this?"
     python -m qvl.chat --adapter RUN/adapter --base_only                       # the same without the adapter
+    python -m qvl.chat --adapter RUN/adapter-merged                            # what qvl.export made of it
 
 In a conversation a line is a turn: `/image PATH` shows an image with the next one, `/new` forgets what was said. Lines
 may also come through a pipe.
@@ -117,6 +118,8 @@ def _chat(arguments: argparse.Namespace) -> None:
 
     flags = {name: getattr(arguments, name) for name in (*_DECODING_FLAGS, "seed")}
     partner = load_trained(Path(arguments.adapter), arguments.base_only, flags)
+    for warning in partner.warnings:
+        print(f"Warning, {arguments.adapter}: {warning}", file=sys.stderr)
     conversation = Conversation(partner, arguments.system)
     for path in arguments.image:
         conversation.show(path)
@@ -175,7 +178,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--adapter", required=True, help="The adapter/ folder of a run, or any PEFT adapter.")
+    text = "The adapter/ folder of a run, any PEFT adapter, or a merged model."
+    parser.add_argument("--adapter", required=True, help=text)
     parser.add_argument("--prompt", help="Answer this and stop; - reads it from stdin.")
     parser.add_argument("--system", default="", help="System prompt.")
     parser.add_argument("--image", action="append", default=[], help="Image to show first; may be given several times.")

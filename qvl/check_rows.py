@@ -20,7 +20,7 @@ def rows_to_compare(run: Run) -> list[dict[str, Any]]:
     Raises:
         UserError: fewer than two.
     """
-    dataset = separate_completions(run.data.evaluation)
+    dataset = separate_completions(run.in_words(run.data.evaluation))
     with_image: dict[str, int] = {}
     without: list[int] = []
     for index, row in enumerate(undecoded_examples(dataset)):
@@ -39,7 +39,7 @@ def rows_to_compare(run: Run) -> list[dict[str, Any]]:
 
 def rows_to_learn(run: Run) -> Dataset:
     """The first training rows that fit, one answer to each prompt: different answers cannot all be known by heart."""
-    separate = separate_completions(run.data.train)
+    separate = separate_completions(run.in_words(run.data.train))
     separate = separate.select(range(min(len(separate), 16 * _NUM_LEARNED)))
     lengths = training_lengths(separate, run.processing_class)
     fitting = fit_rows(separate, lengths, run.settings.training.max_length, "drop")

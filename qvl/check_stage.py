@@ -34,11 +34,12 @@ from qvl.checks import Check
 from qvl.collators import CompletionCollator
 from qvl.compiled_layers import plain_layers
 from qvl.data import prompt_messages
-from qvl.free_photos import caption_photos
+from qvl.free_photos import caption_photos, photo_paths
 from qvl.generate import Decoding
 from qvl.held_out import held_out_losses
 from qvl.models import load_base, load_config, skeleton
 from qvl.train_stage import trainer_arguments
+from qvl.trained_parts import round_to_base, trained_parts
 from qvl.trainer import build_trainer, train
 from qvl.training_form import training_form
 
@@ -130,18 +131,21 @@ class _CheckStage:
         """A fresh adapter, its place, its gradients, and a few rows learned by heart."""
         run = self.run
         rows = rows_to_learn(run)
+        parts = trained_parts(self.base, run.settings)
         with training_form(run, self.base, self.collator):
             model = adapters.add_adapter(self.base, run.settings)
             options = run.settings.model
             if run.settings.recipe.adapter is None:
-                self._note(model_checks.check_lora_placement(model, options.lora_target_modules, options.lora_r))
-            self._note([checks.check_placement(adapters.report_parameters(model))])
+                targets, rank = options.lora_target_modules, options.lora_r
+                self._note(model_checks.check_lora_placement(model, targets, rank, parts))
+            self._note([checks.check_placement(adapters.report_parameters(model, parts))])
+            self._note(checks.check_parts_trained(model, parts))
             with plain_layers(self.base):
                 self._check_finite(model, rows)
                 loss_before = _mean_loss(model, rows, self.collator)
             with tempfile.TemporaryDirectory() as folder:
                 args = _overfit_arguments(run, Path(folder), len(rows))
-                trainer = build_trainer(model, run.processing_class, rows, None, args, self.collator)
+                trainer = build_trainer(model, run.processing_class, rows, None, args, self.collator, parts=parts)
                 trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
                 before = checks.hash_parameters(model)
                 watch = training_checks.GradientWatch(model)
@@ -150,6 +154,7 @@ class _CheckStage:
                 trainer.add_callback(training_checks.StopWhenLearned(goal))
                 result = train(trainer, lambda logs, step: None, None)
         after = checks.hash_parameters(model)
+        round_to_base(model)
         self._note([checks.check_frozen(before, after, trainable)])
         self._note([checks.check_adapter_moved(before, after, trainable), *watch.verdicts()])
         if self.has_learned:
@@ -168,7 +173,7 @@ class _CheckStage:
             full = adapters.load_adapter(self.full, Path(folder)) if self.full is not None else None
         self._check_alignment(model, full, "after_training")
         with model.disable_adapter():
-            self.captions = caption_photos(model, self.run.processing_class, self.run.settings)
+            self.captions = self._caption_photos(model)
         if full is not None:
             self._note([training_checks.check_merge(full, self._measure, is_4bit=False)])
             self.full = full = None
@@ -208,6 +213,14 @@ class _CheckStage:
         ]
         decoding = Decoding(settings.recipe.max_new_tokens, batch_size=len(prompts), seed=settings.training.seed)
         self._note(generation_checks.check_generation(model, self.run.processing_class, prompts, decoding))
+
+    def _caption_photos(self, model: PeftModel) -> list[str]:
+        settings = self.run.settings
+        size = min(_NUM_COMPARED, settings.training.per_device_eval_batch_size)
+        decoding = Decoding(settings.recipe.max_new_tokens, batch_size=size, seed=settings.training.seed)
+        captions = caption_photos(model, self.run.processing_class, settings.recipe.instruction, decoding)
+        # None from a text-only model.
+        return [f"  {path.stem}: {caption}" for path, caption in zip(photo_paths(), captions, strict=False)]
 
     def _load_full_weights(self) -> PreTrainedModel | None:
         """The same model without quantization, where there are such weights and they fit beside."""

@@ -1,6 +1,6 @@
 """The invariants a run must keep, each with a value, a threshold and a verdict."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ from torch import nn
 from qvl.adapters import ParameterReport
 from qvl.encode import IGNORED_LABEL
 from qvl.errors import FailedCheckError
+from qvl.sharding import sharding, whole
+from qvl.trained_parts import TrainedPart
 
 _CHUNK_ELEMENTS = 1 << 24
 
@@ -73,7 +75,14 @@ def tensor_hash(tensor: torch.Tensor) -> int:
 
 
 def hash_parameters(model: nn.Module) -> dict[str, int]:
-    """`tensor_hash` of every parameter and persistent buffer, by name."""
+    """`tensor_hash` of every parameter and persistent buffer, by name.
+
+    Where processes share a model out, all of them have to ask, each tensor is put together for it, on the GPU if there
+    is one, and the state of quantized weights beside them is left out.
+    """
+    if sharding().in_pieces:
+        device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+        return {name: tensor_hash(whole(tensor).to(device)) for name, tensor in model.named_parameters()}
     return {
         name: tensor_hash(tensor)
         for name, tensor in model.state_dict(keep_vars=True).items()
@@ -82,14 +91,37 @@ def hash_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def check_placement(report: ParameterReport) -> Check:
-    """LoRA sits in the language model only."""
+    """LoRA sits in the language model only, and nothing else is trained but the parts that were asked for."""
     return Check(
         "lora_only_in_language_model",
         len(report.outside),
-        "0 trainable parameters outside",
+        "0 trainable parameters outside it and the parts asked for",
         not report.outside,
         ", ".join(report.outside[:3]) or f"{sum(report.modules.values())} adapted layers",
     )
+
+
+def check_parts_trained(model: nn.Module, parts: Sequence[TrainedPart]) -> list[Check]:
+    """Every parameter of a part that is to be trained whole may move; no verdict where there is none to train.
+
+    Args:
+        model: with its adapter.
+        parts: from `trained_parts`.
+    """
+    verdicts = []
+    for part in parts:
+        copies = {n: p for n, p in model.named_parameters() if part.holds(n) and ".modules_to_save." in n}
+        frozen = [name for name, parameter in copies.items() if not parameter.requires_grad]
+        verdicts.append(
+            Check(
+                f"{part.name}_is_trained_whole",
+                len(frozen),
+                f"0 of {len(copies)} tensors frozen",
+                not frozen and bool(copies),
+                ", ".join(frozen[:3]),
+            )
+        )
+    return verdicts
 
 
 def check_frozen(before: dict[str, int], after: dict[str, int], trainable: set[str]) -> Check:
@@ -127,17 +159,40 @@ def check_adapter_moved(before: dict[str, int], after: dict[str, int], trainable
     )
 
 
-def check_placeholders(batch: dict[str, torch.Tensor], image_token_id: int | None, merge_size: int) -> Check:
+def check_same_everywhere(hashes: Sequence[Mapping[str, int]]) -> list[Check]:
+    """After training together, all processes hold the same tensors.
+
+    Args:
+        hashes: `hash_parameters` of each process.
+    """
+    differing = sorted({name for other in hashes for name in other if other[name] != hashes[0].get(name)})
+    return [
+        Check(
+            "same_tensors_in_all_processes",
+            len(differing),
+            f"0 of {len(hashes[0])} differ",
+            not differing,
+            ", ".join(differing[:3]) or f"{len(hashes)} processes",
+        )
+    ]
+
+
+def check_placeholders(
+    batch: dict[str, torch.Tensor], image_token_id: int | None, merge_size: int, tokens_per_image: int | None = None
+) -> Check:
     """As many image placeholders in `input_ids` as the vision tower will give features.
 
     Args:
         batch: a collated batch.
         image_token_id: id of the placeholder, None for text-only models.
         merge_size: patches merged along each side into one visual token.
+        tokens_per_image: of a model that gives every image as many.
     """
     placeholders = int((batch["input_ids"] == image_token_id).sum()) if image_token_id is not None else 0
     grid = batch.get("image_grid_thw")
     features = int(grid.prod(dim=1).sum()) // merge_size**2 if grid is not None else 0
+    if tokens_per_image is not None:
+        features = len(batch.get("image_features", ())) or tokens_per_image * len(batch.get("pixel_values", ()))
     return Check(
         "image_placeholders_equal_features",
         placeholders - features,

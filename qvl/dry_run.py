@@ -9,6 +9,8 @@ from qvl.data import LoadedData, separate_completions
 from qvl.encode import ProcessingClass
 from qvl.errors import HubError
 from qvl.files import write_text_atomically
+from qvl.image_words import images_as_words
+from qvl.memory import plan_memory
 from qvl.models import language_model_path, load_config, load_processing_class, skeleton
 from qvl.rows import RowToExample
 from qvl.settings import Settings
@@ -28,7 +30,7 @@ def dry_run(settings: Settings, row_to_example: RowToExample | None, folder: Pat
     """
     folder.mkdir(parents=True, exist_ok=True)
     print("\n" + settings.to_yaml().partition("\n\n")[0])
-    processing_class = None
+    processing_class = data = None
     try:
         config = load_config(settings)
         processing_class = load_processing_class(settings)
@@ -42,6 +44,10 @@ def dry_run(settings: Settings, row_to_example: RowToExample | None, folder: Pat
             print("\n".join(_describe_rows(data, settings, processing_class)))
     except HubError as error:
         print(f"\nData not looked at: {error}")
+    if processing_class is not None:
+        plan = plan_memory(settings, config, data, processing_class)
+        if plan is not None:
+            print("\n" + "\n".join(plan.lines()))
     path = folder / "settings.yaml"
     write_text_atomically(path, settings.to_yaml(for_any_machine=True))
     print(f"\nNothing was loaded or trained. Settings to edit and feed back with --config: {path}")
@@ -62,7 +68,12 @@ def _describe_model(settings: Settings, config: Any, processing_class: Processin
 
 
 def _describe_rows(data: LoadedData, settings: Settings, processing_class: ProcessingClass) -> list[str]:
-    lengths = training_lengths(separate_completions(data.train), processing_class)
+    rows = data.train
+    if settings.recipe.vision_mode == "text":
+        # Tags take CLIP's weights.
+        rows = images_as_words(rows, {})
+        print("\nTags of images are not counted: they are found by --vision_encoder, which is not loaded here.")
+    lengths = training_lengths(separate_completions(rows), processing_class)
     limit = settings.training.max_length
     num_long = sum(row.num_tokens > limit for row in lengths) if limit else 0
     lines = describe_lengths(lengths)

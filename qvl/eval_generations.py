@@ -14,6 +14,7 @@ from qvl.answers import answer_prompts
 from qvl.files import write_jsonl_atomically
 from qvl.metrics import score
 from qvl.picture_grid import Card, picture_grid
+from qvl.processes import is_main
 from qvl.run_folder import SAMPLES_FILE, rows_before_checkpoint
 
 _NUM_PICTURES = 8
@@ -62,14 +63,16 @@ class EvalGenerations:
         with _as_in_evaluation(self.model, self._forward):
             rows = answer_prompts(self.run, self.model, self.examples, label=f"step {step}")
         self._rows = [row for row in self._rows if row["step"] < step] + [{"step": step, **row} for row in rows]
-        write_jsonl_atomically(self._path, self._rows)
+        if is_main():
+            write_jsonl_atomically(self._path, self._rows)
         scores = score(
             {row["id"]: row["prediction"] for row in rows},
             {row["id"]: row["references"] for row in rows},
             self.run.settings.recipe.scores,
             self.run.own_scores,
         )
-        self._show(rows, step, ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        if is_main():
+            self._show(rows, step, ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
         seconds = time.perf_counter() - start
         self.seconds += seconds
         return {**scores, "generation_seconds": seconds}

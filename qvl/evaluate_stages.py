@@ -16,11 +16,14 @@ from qvl.collators import CompletionCollator
 from qvl.data import separate_completions
 from qvl.errors import UserError
 from qvl.examples import undecoded_examples
+from qvl.features import require_frozen_vision
 from qvl.files import read_jsonl, write_jsonl_atomically
 from qvl.held_out import held_out_losses
 from qvl.memory_use import peak_gib, reset_peak
 from qvl.metrics import ScoreStatistics
+from qvl.processes import is_main
 from qvl.report import write_report
+from qvl.trained_parts import take_off
 
 
 def baseline(run: Run) -> None:
@@ -34,8 +37,10 @@ def evaluate(run: Run) -> None:
     # With the stage train, --adapter is where the training started and the run's own adapter is what came of it.
     is_trained_here = named is None or "train" in run.settings.recipe.stages
     adapted = load_adapter(run.load_base(), run.folder / "adapter" if is_trained_here else Path(str(named)))
+    if run.settings.recipe.cache_vision_features:
+        require_frozen_vision(adapted)
     _evaluate(run, adapted, "finetuned")
-    adapted.unload()
+    take_off(adapted)
 
 
 def report(run: Run) -> Path:
@@ -63,6 +68,8 @@ def _evaluate(run: Run, model: PreTrainedModel | PeftModel, part: str) -> None:
     seconds = time.perf_counter() - start
     rows = _with_losses(run, model, rows)
     loss_seconds = time.perf_counter() - start - seconds
+    if not is_main():
+        return
     statistics = _score(run, part, rows)
     cost = {
         "seconds": seconds,
@@ -70,6 +77,8 @@ def _evaluate(run: Run, model: PreTrainedModel | PeftModel, part: str) -> None:
         "held_out_loss_seconds": loss_seconds,
         "peak_gib": peak_gib(),
     }
+    if run.memory is not None:
+        cost["predicted_peak_gib"] = run.memory.evaluation_gib(has_adapter=part == "finetuned")
     run.put_metrics("cost", {part: cost})
     first = next(iter(statistics.values()))
     print(f"{part}: {first.label} {first.value:.4f} on {len(rows)} examples", flush=True)

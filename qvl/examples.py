@@ -26,6 +26,7 @@ _FEATURES = datasets.Features(
         "image_refs": datasets.Value("large_string"),
         "image_sizes": datasets.List(datasets.List(datasets.Value("int32"))),
         "conversation": datasets.Value("large_string"),
+        "caption": datasets.Value("large_string"),
     }
 )
 
@@ -91,6 +92,7 @@ def build_dataset(
         "image_refs": [dump_refs(row.refs) for row in rows],
         "image_sizes": [[[header.width, header.height] for header in row.headers] for row in rows],
         "conversation": [json.dumps(_conversation(row, as_messages, with_tools)) for row in rows],
+        "caption": [row.record.caption for row in rows],
     }
     return datasets.Dataset.from_dict(columns, features=_FEATURES).with_transform(ExampleTransform(tables))
 

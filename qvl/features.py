@@ -21,6 +21,8 @@ from qvl.vision_fingerprint import bytes_per_visual_token, describe_vision, visi
 
 # What a model gives and takes differs between families; these are compared with pixels by tests/test_features.py.
 _FAMILIES = ("qwen3_vl", "qwen2_5_vl", "llava")
+# Families of which the projector's inputs are kept, so that it can be trained: those are the smaller ones too.
+_BEFORE_PROJECTOR = ("llava",)
 _LLAVA_TOWERS = ("clip_vision_model", "siglip_vision_model")
 _OLDEST_TRANSFORMERS = "5.18"
 
@@ -68,7 +70,7 @@ def require_frozen_vision(model: PeftModel) -> None:
     """Stops a run whose adapter changes what the vision tower gives.
 
     Raises:
-        UserError: an adapter, or a module trained as a whole, sits in the vision tower, merger or projector.
+        UserError: an adapter, or a module trained as a whole, sits in the vision tower or merger.
     """
     touched = [
         f"{part}.{name}"
@@ -99,6 +101,10 @@ def encoder_inputs(batch: Mapping[str, Any], model: PreTrainedModel | PeftModel)
     features = inputs.pop("image_features", None)
     if features is None:
         return inputs
+    if model.config.model_type in _BEFORE_PROJECTOR:
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        projected = cast(Any, base.base_model).multi_modal_projector(features)
+        return {**inputs, "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=(projected,))}}
     pooled, *deepstack = features.split(model.config.get_text_config().hidden_size, dim=1)
     if deepstack:
         from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures

@@ -8,6 +8,10 @@ from qvl.errors import UserError
 
 STAGES = ("check", "baseline", "train", "evaluate", "report")
 DEFAULT_STAGES = STAGES[1:]
+# What can be trained whole beside LoRA: `train_<name>` and `<name>_learning_rate`; see qvl/trained_parts.py.
+TRAINABLE_PARTS = ("merger", "projector", "vision_tower")
+# In their order: `align` trains the projector alone, `instruct` all that is asked for.
+PHASES = ("align", "instruct")
 OVERLONG_POLICIES = ("error", "drop", "truncate_text", "truncate_turns")
 _AT_LEAST_ONE = (
     "min_pixels",
@@ -18,6 +22,7 @@ _AT_LEAST_ONE = (
     "generation_batch_size",
 )
 _SAMPLING = ("temperature", "top_p", "top_k")
+_OF_VISION_ENCODER = ("vision_encoder_revision", "vision_mode", "num_image_tokens")
 
 
 @dataclass
@@ -99,6 +104,50 @@ class RecipeArguments:
         metadata={"help": "Stop after this many evaluations in which metric_for_best_model does not improve."},
     )
     adapter: str | None = field(default=None, metadata={"help": "Start from (or evaluate) this adapter folder."})
+    vision_encoder: str | None = field(
+        default=None, metadata={"help": "CLIP that gives a text-only language model eyes: hub id or folder."}
+    )
+    vision_encoder_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the vision encoder."}
+    )
+    vision_mode: str = field(
+        default="projector",
+        metadata={
+            "help": "How the language model gets to see: projected features of the vision encoder, or text alone (the "
+            "row's own `caption`, else the encoder's zero-shot tags) without composing anything.",
+            "choices": ["projector", "text"],
+        },
+    )
+    num_image_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens an image becomes, pooled from its patches; none means all patches."}
+    )
+    phase: list[str] = field(
+        default_factory=lambda: [PHASES[1]],
+        metadata={
+            "help": "Phases of the training: align (the projector alone), instruct (LoRA too), or both in this order.",
+            "choices": list(PHASES),
+        },
+    )
+    align_share: float = field(
+        default=0.25, metadata={"help": "Share of the optimizer steps that align takes where both phases run."}
+    )
+    train_projector: bool = field(
+        default=False, metadata={"help": "Train the projector too, whole: what maps CLIP to the language model."}
+    )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the projector; none means learning_rate."}
+    )
+    train_merger: bool = field(
+        default=False,
+        metadata={"help": "Train the merger too, whole: what maps vision to the language model (DeepStack's as well)."},
+    )
+    train_vision_tower: bool = field(default=False, metadata={"help": "Train the vision tower too, whole."})
+    merger_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the merger; none means learning_rate."}
+    )
+    vision_tower_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision tower; none means learning_rate."}
+    )
     base_precision: str | None = field(
         default=None,
         metadata={
@@ -127,9 +176,20 @@ class RecipeArguments:
     )
     compile_layers: bool = field(
         default=True,
-        metadata={"help": "Compile layers for training, on GPUs from 8.0 on, without checkpointing and quantization."},
+        metadata={
+            "help": "Compile layers for training, on GPUs of compute capability 8.0 and up; not with --load_in_8bit."
+        },
+    )
+    gpu_memory_gib: float | None = field(
+        default=None, metadata={"help": "Plan for a card of this size in GiB; none: for the GPU that is there."}
+    )
+    ignore_memory_plan: bool = field(
+        default=False, metadata={"help": "Start also where the memory plan says that it does not fit."}
     )
     keep_checkpoints: bool = field(default=False, metadata={"help": "Keep checkpoints/ once the run is done."})
+    ray_num_gpus: float = field(
+        default=1, metadata={"help": "GPUs that a Ray job or a trial of a sweep waits for; elsewhere it says nothing."}
+    )
 
     def __post_init__(self) -> None:
         self.stages = [stage for stage in STAGES if stage in self.stages]
@@ -142,13 +202,48 @@ class RecipeArguments:
                 raise UserError(f"--{name} {value}: it has to be at least 1.")
         if self.eval_generations < 0:
             raise UserError(f"--eval_generations {self.eval_generations}: it cannot be below 0.")
+        if self.gpu_memory_gib is not None and self.gpu_memory_gib < 1:
+            raise UserError(f"--gpu_memory_gib {self.gpu_memory_gib:g}: it has to be at least 1.")
         if self.vision_cache_gib <= 0:
             raise UserError(f"--vision_cache_gib {self.vision_cache_gib:g}: it has to be above 0.")
+        self._require_parts_that_go_together()
+        self._require_vision_flags_that_go_together()
         if self.temperature <= 0 or not 0 < self.top_p <= 1:
             raise UserError("--temperature has to be above 0, --top_p above 0 and up to 1. Greedy: no --do_sample.")
         for item in fields(self):
             if item.name in _SAMPLING and not self.do_sample and getattr(self, item.name) != item.default:
                 raise UserError(f"--{item.name} has no effect without --do_sample: add it, or leave --{item.name} out.")
+
+    def _require_parts_that_go_together(self) -> None:
+        for part in TRAINABLE_PARTS:
+            rate = getattr(self, f"{part}_learning_rate")
+            if rate is not None and rate < 0:
+                raise UserError(f"--{part}_learning_rate {rate:g}: it cannot be below 0.")
+            # A recipe with a vision encoder has a rate for its projector, which may stay frozen all the same.
+            is_default = part == "projector" and self.vision_encoder is not None
+            if rate is not None and not getattr(self, f"train_{part}") and not is_default:
+                raise UserError(
+                    f"--{part}_learning_rate has no effect without --train_{part}: add it, or leave it out."
+                )
+            # What is kept of a CLIP is what its projector is given.
+            if getattr(self, f"train_{part}") and self.cache_vision_features and part != "projector":
+                raise UserError(
+                    f"--train_{part} changes what --cache_vision_features would keep, which is what the merger gives "
+                    "to the language model: leave one of them out."
+                )
+
+    def _require_vision_flags_that_go_together(self) -> None:
+        for item in fields(self):
+            is_changed = getattr(self, item.name) != item.default
+            if item.name in _OF_VISION_ENCODER and is_changed and self.vision_encoder is None:
+                raise UserError(f"--{item.name} has no effect without --vision_encoder: add it, or leave it out.")
+        self.phase = [phase for phase in PHASES if phase in self.phase]
+        if not self.phase:
+            raise UserError(f"--phase is empty: name some of {', '.join(PHASES)}.")
+        if "align" in self.phase and not self.train_projector:
+            raise UserError("--phase align trains the projector, and --train_projector is off: switch it on.")
+        if not 0 < self.align_share < 1:
+            raise UserError(f"--align_share {self.align_share:g}: it has to be above 0 and below 1.")
 
 
 def _mixture_entry(entry: Any) -> Any:
@@ -165,9 +260,14 @@ def _mixture_entry(entry: Any) -> Any:
 
 _HUB = "qvl pushes nothing by itself: look at the report first, then `hf upload USER/NAME RUN_FOLDER/adapter`"
 _STAGES = "the stages decide what runs: --stages check baseline train evaluate report"
-_PACKING = "TRL cannot pack rows with images: --padding_free puts the samples of a batch into one row, images included"
+_PACKING = "--packing fills rows best-fit decreasing (TRL's `bfd`) and cuts no sample; held-out rows are never packed"
 _LOGITS = "the scores come from generated text; the trainer computes the held-out loss and keeps no logits"
 _PREPARATION = "qvl turns rows into examples itself, see --dataset_name"
+_LAUNCH = (
+    "more than one process is started, and told how to share a model, by "
+    "`accelerate launch --config_file environments/accelerate/{zero2,zero3,fsdp2}.yaml` (for DeepSpeed first: bash "
+    "environments/setup_gpu_env.sh deepspeed)"
+)
 _LIGER = "deprecated upstream: use --model_init_kwargs '{\"use_kernels\": true}'"
 
 # Upstream flags that qvl cannot honour, with the reason a user reads. A test walks every field of SFTConfig and
@@ -183,7 +283,6 @@ REFUSED: dict[str, str] = {
     "hub_always_push": _HUB,
     "hub_revision": _HUB,
     "hub_token": "a token on a command line can be read by every process: set HF_TOKEN or run `hf auth login`",
-    "packing": _PACKING,
     "packing_strategy": _PACKING,
     "eval_packing": _PACKING,
     "pad_to_multiple_of": "TRL has it for text only, and its vision collator refuses it with prompts and completions",
@@ -212,7 +311,12 @@ REFUSED: dict[str, str] = {
     "fp16_full_eval": "it casts the adapters for good and training would go on with them: use --fp16",
     "logging_nan_inf_filter": "a NaN logged as the average of earlier losses cannot be seen: it is always off here",
     "include_num_input_tokens_seen": "the log counts them already, as num_tokens",
-    "parallelism_config": "it cannot be written on a command line, and a run has one GPU",
+    "parallelism_config": "it cannot be written on a command line",
+    # Upstream's own reading of it leaves a broken object behind where deepspeed is not installed, on which every
+    # model that is made later in the process fails.
+    "deepspeed": _LAUNCH,
+    "fsdp": _LAUNCH,
+    "fsdp_config": _LAUNCH,
     "use_cache": "SFTTrainer never keeps a cache; generation always does",
     "lora_task_type": "Qwen models are causal language models",
     "lora_target_parameters": "adapters are placed by module path, which parameters do not have",

@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from qvl.compiled_layers import can_compile, compiled_prefill, plain_layers
 from qvl.encode import ProcessingClass, prompt_text, tokenize, tokenizer_of
@@ -19,6 +19,7 @@ from qvl.errors import UserError
 from qvl.features import encoder_inputs
 from qvl.graphed_decoding import GraphedDecoding
 from qvl.positions import Positions, positions_of, split_grids
+from qvl.processes import gathered, num_processes, own_batches
 
 # 128 prompts were no slower than 170 (8B shape, one H100), and more take memory.
 _MOST_AUTOMATIC = 128
@@ -35,7 +36,7 @@ class Decoding:
 
     Attributes:
         batch_size: prompts decoded together; None chooses by the free memory of a CUDA device.
-        seed: seeds the sampling, once a call.
+        seed: seeds the sampling, for each batch anew, so that the number of processes does not matter.
         num_workers: processes that decode images and tokenize ahead of the model.
         compile_prefill: on CUDA, compile what reads the prompts, which takes a fifth less of the device's time then.
     """
@@ -134,7 +135,8 @@ def generate(
     """Answers every prompt.
 
     On CUDA, with `lengths`, a step of decoding is one captured graph; the vision tower attends to all images at once. A
-    batch that does not fit into memory is halved and tried again.
+    batch that does not fit into memory is halved and tried again. Several processes share the batches, and all of them
+    get all answers.
 
     Args:
         model: base model or adapter on it, on its device.
@@ -154,10 +156,10 @@ def generate(
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     was_training = model.training
     model.eval()
-    torch.manual_seed(decoding.seed)
     most = max(lengths) + decoding.max_new_tokens if lengths and base.device.type == "cuda" else None
-    batch_size = decoding.batch_size or (fitting_batch_size(base, most) if most else 1)
-    waiting = sorted(range(len(examples)), key=lambda i: -lengths[i]) if lengths else list(range(len(examples)))
+    batch_size = _agreed_batch_size(base, decoding, most, len(examples))
+    order = sorted(range(len(examples)), key=lambda i: -lengths[i]) if lengths else list(range(len(examples)))
+    waiting = [index for batch in own_batches(order, batch_size) for index in batch]
     answers: dict[int, str] = {}
     # With a cache of keys and values, every layer that training has compiled would compile anew.
     with torch.inference_mode(), plain_layers(base), tqdm(total=len(waiting), desc=label, unit="answer") as bar:
@@ -178,26 +180,55 @@ def generate(
             if base.device.type == "cuda":
                 torch.cuda.empty_cache()
     model.train(was_training)
-    return [answers[index] for index in range(len(examples))]
+    everywhere = {index: answer for part in gathered(answers) for index, answer in part.items()}
+    return [everywhere[index] for index in range(len(examples))]
+
+
+def _agreed_batch_size(base: PreTrainedModel, decoding: Decoding, most_tokens: int | None, num_prompts: int) -> int:
+    """Prompts that each process decodes at a time. With graphs, which want batches of one size, the last one is full.
+
+    Where memory decides, the scarcest does, and all processes get as many batches.
+    """
+    size = decoding.batch_size or (min(gathered(fitting_batch_size(base, most_tokens))) if most_tokens else 1)
+    if most_tokens is None:
+        return size
+    share = 1 if decoding.batch_size else num_processes()
+    num_batches = math.ceil(num_prompts / size / share) * share
+    return math.ceil(num_prompts / num_batches)
 
 
 def fitting_batch_size(model: PreTrainedModel, most_tokens: int) -> int:
-    """Prompts that fit at a time beside what the CUDA device already holds, by a rough upper bound of what one needs.
+    """Prompts that fit at a time beside what the CUDA device already holds.
 
     Args:
         model: on its device.
         most_tokens: longest prompt and answer together.
     """
-    config = model.config.get_text_config(decoder=True)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-    # Of one layer at a time: gate, up, their product and its copy; a dozen hidden states, the rotary ones in fp32.
-    prefill = 4 * config.intermediate_size + 12 * config.hidden_size
-    logits = 5 * config.vocab_size  # in the model's dtype, in fp32, and their scores
-    one = model.dtype.itemsize * (most_tokens * (cache + prefill) + logits)
     free, _ = torch.cuda.mem_get_info(model.device)
     unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    return max(1, min(_MOST_AUTOMATIC, int(_SHARE_PLANNED * (free + unused) / one)))
+    return prompts_at_a_time(free + unused, bytes_per_prompt(model.config, model.dtype.itemsize, most_tokens))
+
+
+def prompts_at_a_time(free_bytes: int, bytes_each: int) -> int:
+    """Prompts that are answered together in so much free memory."""
+    return max(1, min(_MOST_AUTOMATIC, int(_SHARE_PLANNED * free_bytes / bytes_each)))
+
+
+def bytes_per_prompt(config: PretrainedConfig, value_bytes: int, most_tokens: int) -> int:
+    """A rough upper bound of the memory that answering one prompt takes.
+
+    Args:
+        config: of the model.
+        value_bytes: of a number in its dtype.
+        most_tokens: longest prompt and answer together.
+    """
+    text = config.get_text_config(decoder=True)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
+    # Of one layer at a time: gate, up, their product and its copy; a dozen hidden states, the rotary ones in fp32.
+    prefill = 4 * text.intermediate_size + 12 * text.hidden_size
+    logits = 5 * text.vocab_size  # in the model's dtype, in fp32, and their scores
+    return int(value_bytes * (most_tokens * (cache + prefill) + logits))
 
 
 def _batches(
@@ -211,8 +242,6 @@ def _batches(
 ) -> Iterator[tuple[list[int], list[str]]]:
     """Decodes batch by batch; with `most_tokens` by a captured graph, which wants batches of one size."""
     graphed = GraphedDecoding(most_tokens) if most_tokens else None
-    if graphed:
-        batch_size = math.ceil(len(order) / math.ceil(len(order) / batch_size))
     batches = [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
     if graphed:
         # The last batch is filled up with its last prompt; the same answer comes again.
@@ -227,6 +256,7 @@ def _batches(
     )
     for indices, inputs in zip(batches, collated, strict=True):
         num_prompt_tokens = inputs["input_ids"].shape[1]
+        torch.manual_seed(decoding.seed + indices[0])
         loop = {"custom_generate": graphed, "past_key_values": graphed.empty_cache(base)} if graphed else {}
         with compiled_prefill(base) if compiles else nullcontext():
             tokens = model.generate(**encoder_inputs(inputs, base), **loop, generation_config=config)

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from qvl.collators import CompletionCollator
 from qvl.encode import IGNORED_LABEL
+from qvl.features import encoder_inputs
+from qvl.processes import gathered, own_batches
 
 # Rows of logits at a time: 1,024 of 151,936 fp32 numbers are 0.6 GiB.
 _TOKENS_PER_CHUNK = 1024
@@ -52,11 +54,11 @@ def token_sums(model: PreTrainedModel | PeftModel, batch: dict[str, torch.Tensor
 
     Args:
         model: base or adapter on it, on the batch's device.
-        batch: model inputs and `labels` (int64, (B, T)).
+        batch: model inputs, or features in place of pixels, and `labels` (int64, (B, T)).
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    hidden = base.base_model(**inputs, use_cache=False).last_hidden_state
+    hidden = base.base_model(**encoder_inputs(inputs, base), use_cache=False).last_hidden_state
     targets = batch["labels"][:, 1:]
     rows, places = torch.nonzero(targets != IGNORED_LABEL, as_tuple=True)
     numbers = [_of_chunk(base, hidden[row, place], targets[row, place]) for row, place in _chunks(rows, places)]
@@ -73,7 +75,7 @@ def held_out_losses(
     batch_size: int,
     num_workers: int,
 ) -> tuple[list[float], list[int]]:
-    """The loss of every row of a data set.
+    """The loss of every row of a data set; several processes share the batches, and all get what each has found.
 
     Args:
         model: base or adapter on it; is left in the mode it was in.
@@ -85,25 +87,27 @@ def held_out_losses(
     Returns:
         For each row its loss in nats, summed over its target tokens, and how many those are.
     """
+    batches = own_batches(range(len(dataset)), batch_size)
     loader = DataLoader(
         dataset,
-        batch_size=batch_size,
+        batch_sampler=batches,
         collate_fn=collator,
         num_workers=num_workers,
         pin_memory=model.device.type == "cuda",
     )
-    losses: list[float] = []
-    num_tokens: list[int] = []
+    found: dict[int, tuple[float, int]] = {}
     was_training = model.training
     model.eval()
-    with torch.inference_mode(), tqdm(total=len(dataset), desc="held-out loss", unit="answer") as bar:
-        for batch in loader:
+    with torch.inference_mode(), tqdm(total=sum(map(len, batches)), desc="held-out loss", unit="answer") as bar:
+        for indices, batch in zip(batches, loader, strict=True):
             sums = token_sums(model, {key: value.to(model.device, non_blocking=True) for key, value in batch.items()})
-            losses += sums.losses.tolist()
-            num_tokens += sums.num_tokens.tolist()
-            bar.update(len(sums.losses))
+            numbers = zip(sums.losses.tolist(), sums.num_tokens.tolist(), strict=True)
+            found |= dict(zip(indices, numbers, strict=True))
+            bar.update(len(indices))
     model.train(was_training)
-    return losses, num_tokens
+    everywhere = {index: numbers for part in gathered(found) for index, numbers in part.items()}
+    in_order = [everywhere[index] for index in range(len(dataset))]
+    return [loss for loss, _ in in_order], [number for _, number in in_order]
 
 
 def means(sums: Sequence[float]) -> dict[str, float]:

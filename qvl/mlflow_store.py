@@ -121,7 +121,7 @@ class Store:
         run_id = os.environ.get("MLFLOW_RUN_ID")
         if not run_id:
             with self.lock():
-                experiment_id = self._experiment_id(recipe)
+                experiment_id = self.experiment_id(recipe)
             return self.client.create_run(experiment_id, run_name=run_name)
         try:
             run = self.client.get_run(run_id)
@@ -133,7 +133,8 @@ class Store:
         self.client.update_run(run_id, status="RUNNING")
         return run
 
-    def _experiment_id(self, recipe: str) -> str:
+    def experiment_id(self, recipe: str) -> str:
+        """The experiment that runs of a recipe go to; made if it is missing. To be called under `lock`."""
         from mlflow.exceptions import MlflowException
 
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME")

@@ -14,15 +14,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from qvl.adapters import DEFAULT_TARGETS
 from qvl.checks import Check, at_most
 from qvl.conversations import assistant_message
+from qvl.memory_weights import packed_4bit_bytes
 from qvl.models import language_model_path, skeleton
+from qvl.trained_parts import TrainedPart, is_trained_whole
 
 # Bytes that the computation leaves out: small buffers such as rotary frequencies.
 MOST_FOOTPRINT_ERROR = 0.01
-# bitsandbytes: a scale for each 64 weights; with double quantization a byte for it, and a scale for each 256 of those.
-_WEIGHTS_PER_SCALE = 64
-_SCALES_PER_GROUP = 256
-_CODE_BYTES_4_BIT = 16 * 4
-_CODE_BYTES_NESTED = 256 * 4 + 4  # the scales' code book and their offset
 
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, torch.Tensor]]
 
@@ -131,19 +128,20 @@ def computed_bytes_4bit(config: PretrainedConfig, dtype: torch.dtype, nested: bo
         if name not in packed:
             total += size * dtype.itemsize
             continue
-        scales = -(-size // _WEIGHTS_PER_SCALE)
-        nested_bytes = scales + -(-scales // _SCALES_PER_GROUP) * 4 + _CODE_BYTES_NESTED
-        total += -(-size // 2) + _CODE_BYTES_4_BIT + (nested_bytes if nested else scales * 4)
+        total += packed_4bit_bytes(size, nested)
     return total
 
 
-def check_lora_placement(model: PeftModel, targets: str | list[str] | None, rank: int) -> list[Check]:
+def check_lora_placement(
+    model: PeftModel, targets: str | list[str] | None, rank: int, parts: Sequence[TrainedPart] = ()
+) -> list[Check]:
     """LoRA sits on every layer that was asked for and on no other, and trains as much as that comes to.
 
     Args:
         model: a fresh adapter on its base.
         targets: `--lora_target_modules`.
         rank: `--lora_r`.
+        parts: that are trained whole beside it.
     """
     base = model.get_base_model()
     path = language_model_path(base) + "."
@@ -178,17 +176,18 @@ def check_lora_placement(model: PeftModel, targets: str | list[str] | None, rank
             num_found == num_computed,
             f"{num_found:,} of {num_total:,} parameters, rank {rank}",
         ),
-        check_no_adapter_on_frozen_parts(model),
+        check_no_adapter_on_frozen_parts(model, parts),
     ]
 
 
-def check_no_adapter_on_frozen_parts(model: PeftModel) -> Check:
-    """No LoRA weight, trained or not, and no copy of a module outside the language model."""
+def check_no_adapter_on_frozen_parts(model: PeftModel, parts: Sequence[TrainedPart] = ()) -> Check:
+    """No LoRA weight, trained or not, outside the language model; no copy of a module there but of `parts`."""
     path = f"base_model.model.{language_model_path(model.get_base_model())}."
     outside = [
         name
         for name, _ in model.named_parameters()
-        if (".lora_" in name or ".modules_to_save." in name) and not name.startswith(path)
+        if not name.startswith(path)
+        and (".lora_" in name or (".modules_to_save." in name and not is_trained_whole(name, parts)))
     ]
     return _none_of("no_adapter_on_frozen_parts", outside, sum(1 for _ in model.parameters()))
 

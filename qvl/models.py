@@ -1,5 +1,6 @@
 """Loads base models and processors, in the precision and quantization of the run."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,14 +17,16 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from qvl import clip_llm
 from qvl.encode import ProcessingClass, tokenizer_of
 from qvl.errors import UserError
 from qvl.hub_errors import hub_errors_explained
+from qvl.image_template import with_images
+from qvl.model_names import model_source
 from qvl.padding_token import ensure_padding_token
 from qvl.settings import Settings
 from qvl.vision_attention import use_varlen_vision_attention
 
-ASSETS = Path(__file__).parent / "assets"
 # Arguments of from_pretrained that follow from flags.
 _OWN_FLAGS = {
     "revision": "--model_revision",
@@ -35,33 +38,13 @@ _OWN_FLAGS = {
 }
 
 
-def model_source(name: str) -> str:
-    """What `from_pretrained` takes for a model name: hub ids and paths as they are, `qvl/...` as the shipped folder.
-
-    Raises:
-        UserError: a GGUF file, or an embedded model that does not exist.
-    """
-    if name.endswith(".gguf"):
-        raise UserError(
-            f"{name} is a GGUF file: its weights are packed for inference and cannot be trained or carry LoRA. "
-            'Dequantize it once to safetensors: python -c "from transformers import AutoModelForCausalLM as M, '
-            f"AutoTokenizer as T; of = dict(gguf_file='{Path(name).name}'); m = M.from_pretrained('FOLDER', **of); "
-            # transformers 5.23 holds the dense model for a packed one, which it would not save.
-            "m.hf_quantizer = None; m.config.__dict__.pop('quantization_config', None); m.save_pretrained('OUT'); "
-            "T.from_pretrained('FOLDER', **of).save_pretrained('OUT')\" (needs `pip install gguf`), then name OUT, or "
-            "name the model's original repository."
-        )
-    embedded = ASSETS / name.removeprefix("qvl/")
-    if name.startswith("qvl/"):
-        if not embedded.is_dir():
-            shipped = ", ".join(sorted(f"qvl/{path.name}" for path in ASSETS.iterdir() if path.is_dir()))
-            raise UserError(f"There is no embedded model {name}; there are {shipped}.")
-        return str(embedded)
-    return name
-
-
 def load_config(settings: Settings) -> PretrainedConfig:
-    """The model's configuration; reads the hub or its cache, no weights."""
+    """The model's configuration, of both parts where it is composed; reads the hub or its cache, no weights."""
+    config = _load_named_config(settings)
+    return clip_llm.composed_config(settings, config) if clip_llm.is_composed(settings) else config
+
+
+def _load_named_config(settings: Settings) -> PretrainedConfig:
     name = settings.model.model_name_or_path
     if not name:
         raise UserError("No model is named: --model_name_or_path.")
@@ -81,12 +64,15 @@ def load_processing_class(settings: Settings, folder: Path | None = None) -> Pro
         folder: an adapter folder to load from in place of the model: what was trained with is what is used.
     """
     name = str(folder) if folder else str(settings.model.model_name_or_path)
-    with hub_errors_explained(name):
-        processing_class = AutoProcessor.from_pretrained(
-            name if folder else model_source(name),
-            revision=None if folder else settings.model.model_revision,
-            trust_remote_code=settings.training.trust_remote_code,
-        )
+    if clip_llm.is_composed(settings) and folder is None:
+        processing_class = clip_llm.composed_processor(settings, _load_named_config(settings))
+    else:
+        with hub_errors_explained(name):
+            processing_class = AutoProcessor.from_pretrained(
+                name if folder else model_source(name),
+                revision=None if folder else settings.model.model_revision,
+                trust_remote_code=settings.training.trust_remote_code,
+            )
     _set_pixel_budget(processing_class, settings.recipe.min_pixels, settings.recipe.max_pixels)
     template = settings.training.chat_template_path
     if template is not None:
@@ -94,7 +80,9 @@ def load_processing_class(settings: Settings, folder: Path | None = None) -> Pro
             raise UserError(
                 f"--chat_template_path {template}: name a .jinja file (templates of other models bring tokens)."
             )
-        processing_class.chat_template = Path(template).read_text(encoding="utf-8")
+        source = Path(template).read_text(encoding="utf-8")
+        is_composed = clip_llm.is_composed(settings)
+        processing_class.chat_template = with_images(source, clip_llm.IMAGE_TOKEN) if is_composed else source
     if processing_class.chat_template is None:
         raise UserError(
             f"{name} has no chat template: use an instruction-tuned model or --chat_template_path FILE.jinja."
@@ -105,17 +93,35 @@ def load_processing_class(settings: Settings, folder: Path | None = None) -> Pro
     return processing_class
 
 
-def load_base(settings: Settings, device: torch.device) -> PreTrainedModel:
-    """The base model on its device, in the run's dtype, quantized if asked for; vision parts are never quantized."""
-    config = load_config(settings)
+def load_base(settings: Settings, device: torch.device, to_share_out: bool = False) -> PreTrainedModel:
+    """The base model on its device, in the run's dtype, quantized if asked for; vision parts are never quantized.
+
+    Args:
+        settings: of the run.
+        device: where this process computes.
+        to_share_out: the trainer will give each process a piece of it: it stays in the host's memory until then,
+            unless it is quantized, which a GPU does.
+    """
+    model = _load_named_model(settings, device, to_share_out)
+    if clip_llm.is_composed(settings):
+        tower = clip_llm.load_tower(settings, model.device, model.dtype)
+        model = clip_llm.compose(skeleton(load_config(settings)), model, tower, settings.training.seed)
+    model.config.use_cache = True
+    use_varlen_vision_attention(model)
+    keep_quantized_weights_as_they_are(model)
+    return model
+
+
+def _load_named_model(settings: Settings, device: torch.device, to_share_out: bool) -> PreTrainedModel:
+    config = _load_named_config(settings)
     name = str(settings.model.model_name_or_path)
+    quantized = quantization(settings, config)
     kwargs: dict[str, Any] = dict(settings.training.model_init_kwargs or {})
     for key in kwargs.keys() & _OWN_FLAGS.keys():
         raise UserError(f"--model_init_kwargs holds {key}, which has a flag of its own: {_OWN_FLAGS[key]}.")
     kwargs["attn_implementation"] = settings.model.attn_implementation
-    if device.type != "cpu":
+    if device.type != "cpu" and not (to_share_out and quantized is None):
         kwargs.setdefault("device_map", {"": device})
-    quantized = quantization(settings, config)
     if quantized is not None:
         # Not as None: that would take away the configuration of a checkpoint that comes quantized.
         kwargs["quantization_config"] = quantized
@@ -127,10 +133,8 @@ def load_base(settings: Settings, device: torch.device) -> PreTrainedModel:
             dtype=_torch_dtype(settings),
             **kwargs,
         )
-    model.config.use_cache = True
-    use_varlen_vision_attention(model)
-    keep_quantized_weights_as_they_are(model)
-    return model
+    # A composition that was saved whole.
+    return clip_llm.with_image_projector(model) if getattr(config, "is_composed", False) else model
 
 
 def keep_quantized_weights_as_they_are(model: nn.Module) -> None:
@@ -147,7 +151,8 @@ def keep_quantized_weights_as_they_are(model: nn.Module) -> None:
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model without weights (meta device): its module names and parameter counts, for free."""
     with torch.device("meta"):
-        return _auto_class(config).from_config(config)
+        model = _auto_class(config).from_config(config)
+    return clip_llm.with_image_projector(model) if getattr(config, "is_composed", False) else model
 
 
 def language_model_path(model: nn.Module) -> str:
@@ -172,6 +177,11 @@ def quantization(settings: Settings, config: PretrainedConfig) -> BitsAndBytesCo
     options = settings.model
     if not (options.load_in_4bit or options.load_in_8bit):
         return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "--load_in_4bit and --load_in_8bit need bitsandbytes, which is not installed: `pip install bitsandbytes`, "
+            "or go without (`--load_in_4bit false`)."
+        )
     empty = skeleton(config)
     inside = language_model_path(empty)
     # Everything beside the language model: vision tower, merger or projector, and the head.

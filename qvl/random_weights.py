@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
+from qvl.clip_llm import is_composed, see_without_gradients
 from qvl.errors import UserError
 from qvl.models import keep_quantized_weights_as_they_are, load_config, quantization, skeleton
 from qvl.settings import Settings
@@ -54,6 +55,8 @@ def build_with_random_weights(settings: Settings, device: torch.device) -> PreTr
     model.config.use_cache = True
     use_varlen_vision_attention(model)
     keep_quantized_weights_as_they_are(model)
+    if is_composed(settings):
+        see_without_gradients(model)
     return model.eval()
 
 
@@ -66,7 +69,11 @@ def _materialize(model: PreTrainedModel, device: torch.device, dtype: torch.dtyp
     """Replaces every parameter and buffer on the meta device; tied weights stay tied."""
     generator = torch.Generator(device=device).manual_seed(seed)
     made: dict[int, nn.Parameter] = {}
+    owner = model
     for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            # Modules come parents first, and a tower of another family knows its own buffers.
+            owner = module
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in made:
                 made[id(parameter)] = _made(parameter, name, device, dtype, generator)
@@ -77,7 +84,7 @@ def _materialize(model: PreTrainedModel, device: torch.device, dtype: torch.dtyp
         if buffers:
             # Computes what buffers hold, such as rotary frequencies.
             with torch.no_grad():
-                model._init_weights(module)
+                owner._init_weights(module)
 
 
 def _made(

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +19,17 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from qvl import processes
 from qvl.errors import FailedCheckError, Terminated, UserError
 from qvl.text_scores import TextScore
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from qvl.active_run import Run
     from qvl.data import LoadedData
     from qvl.data_config import DataConfig
+    from qvl.kept_base import KeptBase
     from qvl.settings import Settings
 
 # Set by a recipe, but without a say in what comes out.
@@ -62,26 +67,68 @@ class Recipe:
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a recipe from the command line and exits.
 
-    0 done, 1 a check failed, 2 a mistake to mend, 130 Ctrl-C, 143 SIGTERM.
+    0 done, 1 a check failed, 2 a mistake to mend, 130 Ctrl-C, 143 SIGTERM. Of several processes one says why.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        run(recipe, argv=sys.argv[1:] if argv is None else argv)
+        if _is_ray_job_without_gpu():
+            _become_ray_task(words)
+        run(recipe, argv=words)
+        processes.leave()
     except UserError as error:
-        print(f"\n{error}", file=sys.stderr)
+        if processes.speaks_first():
+            print(f"\n{error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FailedCheckError) else 2)
     except KeyboardInterrupt:
-        print("\nInterrupted; an MLflow run that was open is marked KILLED.", file=sys.stderr)
+        if processes.speaks_first():
+            print("\nInterrupted; an MLflow run that was open is marked KILLED.", file=sys.stderr)
         sys.exit(130)
+    except Exception:
+        if processes.speaks_first():
+            raise
+        sys.exit(1)
     sys.exit(0)
 
 
-def run(recipe: Recipe, overrides: Mapping[str, Any] | None = None, argv: Sequence[str] = ()) -> dict[str, float]:
+def _is_ray_job_without_gpu() -> bool:
+    """Whether `ray job submit` has started this process and reserved no GPU for it: two jobs would share one.
+
+    Ray hides the GPUs that a job has not reserved, or (the second variable) leaves what the head node has visible.
+    """
+    is_reserved = os.environ.get("CUDA_VISIBLE_DEVICES") and not os.environ.get(
+        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+    )
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not is_reserved
+
+
+def _become_ray_task(words: Sequence[str]) -> NoReturn:
+    """Puts `python -m ray_jobs.task FILE ARGS` in this process's place, which asks Ray for a GPU."""
+    file = Path(sys.argv[0]).resolve()
+    root = file.parents[1]
+    if not (root / "ray_jobs" / "task.py").is_file():
+        raise UserError(
+            f"This Ray job runs {file}, and {root} holds no ray_jobs/ to ask for a GPU with: submit the whole "
+            "repository, from its root, with `ray job submit --working-dir . -- python recipes/...`."
+        )
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    os.execv(sys.executable, [sys.executable, "-m", "ray_jobs.task", str(file), *words])
+
+
+def run(
+    recipe: Recipe,
+    overrides: Mapping[str, Any] | None = None,
+    argv: Sequence[str] = (),
+    kept: "KeptBase | None" = None,
+    callbacks: "Sequence[TrainerCallback]" = (),
+) -> dict[str, float]:
     """Runs a recipe; the one entry that the command line and a sweep share.
 
     Args:
         recipe: the experiment.
         overrides: flags by name, above everything else.
         argv: command line without the program's name.
+        kept: base model and features that runs of one process share.
+        callbacks: of the trainer, for whoever follows the training from outside.
 
     Returns:
         The run's numbers by their MLflow names, such as `finetuned_bleu4`; empty for --dry_run.
@@ -92,22 +139,29 @@ def run(recipe: Recipe, overrides: Mapping[str, Any] | None = None, argv: Sequen
     """
     start = time.perf_counter()
     quieten_and_tame_libraries()
+    processes.keep_others_quiet()
     print(f"{recipe.name}: loading torch, transformers and trl ...", flush=True)
     from qvl import run_folder
 
+    processes.take_first_gpu()
     settings, folder = _resolve(recipe, overrides or {}, argv)
     if settings.recipe.dry_run:
         from qvl.dry_run import dry_run
 
-        dry_run(settings, recipe.row_to_example, folder if settings.output_dir else folder.parent / "dry_run")
+        place = folder if settings.output_dir else folder.parent / "dry_run"
+        processes.on_main(lambda: dry_run(settings, recipe.row_to_example, place))
         return {}
-    run_folder.prepare(folder)
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    processes.on_main(lambda: run_folder.prepare(folder))
+    # Only a process's main thread gets signals; a trial of a sweep runs in another one.
+    gets_signals = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _terminate) if gets_signals else None
     try:
-        return _run_stages(recipe, settings, folder, start)
+        return _run_stages(recipe, settings, folder, start, kept, callbacks)
     finally:
-        signal.signal(signal.SIGTERM, previous)
-        run_folder.remove_if_empty(folder)
+        if gets_signals:
+            signal.signal(signal.SIGTERM, previous)
+        if processes.is_main():
+            run_folder.remove_if_empty(folder)
 
 
 def _resolve(recipe: Recipe, overrides: Mapping[str, Any], argv: Sequence[str]) -> tuple["Settings", Path]:
@@ -118,7 +172,9 @@ def _resolve(recipe: Recipe, overrides: Mapping[str, Any], argv: Sequence[str]) 
     from qvl.metrics import choose_scores
     from qvl.run_folder import choose_run_folder
     from qvl.settings import parse_settings
+    from qvl.sharding import sharding
 
+    sharding()  # stops now where the launcher asks for what is not there
     prog = Path(sys.argv[0]).name
     settings = parse_settings(recipe.defaults, recipe.smoke, argv, overrides, prog)
     first = settings.recipe.stages[0] if settings.recipe.stages else None
@@ -128,49 +184,74 @@ def _resolve(recipe: Recipe, overrides: Mapping[str, Any], argv: Sequence[str]) 
     if resumes and resumes.lower() != "true" and output_dir is None:
         # RUN/checkpoints/checkpoint-7
         output_dir = str(Path(resumes).parent.parent)
-    folder = choose_run_folder(recipe.name, output_dir, settings.training.run_name, continues)
+    # One clock and one disk decide for all processes.
+    folder = processes.on_main(
+        lambda: choose_run_folder(recipe.name, output_dir, settings.training.run_name, continues)
+    )
     left = folder / "settings.yaml"
-    if continues and left.is_file() and not settings.recipe.dry_run:
+    text = processes.on_main(lambda: left.read_text(encoding="utf-8") if left.is_file() else None)
+    if continues and text is not None and not settings.recipe.dry_run:
         print(f"Continuing {folder} with its settings.yaml; flags given now go above it.")
-        own = yaml.safe_load(left.read_text(encoding="utf-8"))
+        own = yaml.safe_load(text)
         settings = parse_settings(recipe.defaults, recipe.smoke, argv, overrides, prog, continued=own)
     settings.recipe.scores = choose_scores(settings.recipe.scores, recipe.scores)
     settle_best_checkpoint(settings, recipe.scores)
     return settings, folder
 
 
-def _run_stages(recipe: Recipe, settings: "Settings", folder: Path, start: float) -> dict[str, float]:
+def _run_stages(
+    recipe: Recipe,
+    settings: "Settings",
+    folder: Path,
+    start: float,
+    kept: "KeptBase | None",
+    callbacks: "Sequence[TrainerCallback]",
+) -> dict[str, float]:
     from qvl import run_folder
     from qvl.active_run import Run, load_data
+    from qvl.adapter_origin import other_origin
     from qvl.adapters import require_adapter
     from qvl.files import write_text_atomically
     from qvl.fp8 import require_fp8
-    from qvl.models import load_config, load_processing_class
+    from qvl.memory import memory_for_run
+    from qvl.models import load_config, load_processing_class, skeleton
     from qvl.precision import find_device
     from qvl.score_table import comparison_table
+    from qvl.sharding import load_whole_models, require_shardable
     from qvl.tracking import open_run
+    from qvl.trained_parts import names_of_trained_parts, trained_parts
     from qvl.trainer import require_loss_for
 
     resumes = settings.training.resume_from_checkpoint
     resume_from = run_folder.find_checkpoint(folder, resumes) if resumes else None
+    require_shardable(settings)
+    load_whole_models()
     if "train" in settings.recipe.stages:
         require_loss_for(settings.training.device)
         require_fp8(find_device(settings.training.use_cpu), settings)
     config = load_config(settings)
+    if names_of_trained_parts(settings):
+        trained_parts(skeleton(config), settings)  # stops now where there is no such part
     adapter = _adapter_to_use(settings, folder)
     if "evaluate" in settings.recipe.stages and "train" not in settings.recipe.stages and adapter is None:
         raise UserError(f"{folder} holds no adapter yet: run --stages train first, or name one with --adapter DIR.")
     if adapter is not None:
         require_adapter(adapter)
     processing_class = load_processing_class(settings, adapter)
+    if adapter is not None:
+        for difference in other_origin(adapter, settings, processing_class, getattr(config, "_commit_hash", None)):
+            print(f"Warning, {adapter}: {difference}", flush=True)
     data = load_data(settings, recipe.row_to_example)
     print("\n".join(data.summary.lines()), flush=True)
+    memory = memory_for_run(settings, config, data, processing_class)
     print(f"Run folder: {folder}", flush=True)
     params = _params(settings, data, getattr(config, "_commit_hash", None))
     with open_run(recipe.name, folder, params, store_dir=_store_dir(folder)) as record:
         # Not before MLflow is reached: a run that never began should not be the newest one to continue.
-        write_text_atomically(folder / "settings.yaml", settings.to_yaml())
+        if processes.is_main():
+            write_text_atomically(folder / "settings.yaml", settings.to_yaml())
         active = Run(recipe.name, settings, folder, data, processing_class, record, recipe.scores)
+        active.kept, active.callbacks, active.memory = kept, callbacks, memory
         try:
             for stage in settings.recipe.stages:
                 _run_stage(active, stage, resume_from)

@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qvl.conversations import Message, place_images, read_conversations, read_messages
@@ -36,6 +36,8 @@ class Record:
         messages: the whole conversation; None for the others.
         references: all true answers, for scoring.
         tools: the tool definitions of a `messages` row, as written.
+        caption: what the row itself says about its image, beside the answer. Caption rows have none: theirs are the
+            answers.
     """
 
     kind: str
@@ -45,6 +47,7 @@ class Record:
     messages: list[Message] | None
     references: list[str]
     tools: list[Any] | None = None
+    caption: str | None = None
 
 
 RowToExample = Callable[[dict[str, Any], "DataConfig"], dict[str, Any] | None]
@@ -65,11 +68,12 @@ def read_row(row: Any, config: "DataConfig", row_to_example: RowToExample) -> Re
         raise RowError(f"a row has to be a JSON object, this one is {json_type(row)}: write one {{...}} a line")
     _refuse_videos(row)
     if "messages" in row:
-        return _conversation_record(row, read_messages(row["messages"]), config)
+        return _with_caption(_conversation_record(row, read_messages(row["messages"]), config), row)
     if "conversations" in row:
-        return _conversation_record(row, read_conversations(row["conversations"], row.get("system")), config)
+        messages = read_conversations(row["conversations"], row.get("system"))
+        return _with_caption(_conversation_record(row, messages, config), row)
     if "instruction" in row or "response" in row:
-        return _finish(_instruction_row(row, config), "instruction", config)
+        return _with_caption(_finish(_instruction_row(row, config), "instruction", config), row)
     kind = "captions list" if "captions" in row else "caption columns"
     try:
         example = row_to_example(row, config)
@@ -230,6 +234,11 @@ def _finish(example: dict[str, Any], kind: str, config: "DataConfig") -> Record:
         )
     references = list(example.get("references") or completions)
     return Record(kind, images, messages, completions[: config.captions_per_image], None, references)
+
+
+def _with_caption(record: Record, row: dict[str, Any]) -> Record:
+    caption = row.get("caption")
+    return replace(record, caption=caption.strip() or None) if isinstance(caption, str) else record
 
 
 def message_text(message: Message) -> str:

@@ -26,7 +26,15 @@ from qvl.precision import choose_precision, find_device
 _PRECISION_KEYS = ("bf16", "fp16", "dtype", "use_cpu")
 # Where a run writes is not part of the experiment: a settings.yaml that named its own folder would overwrite it.
 # And an adapter is always trained.
-_UNWRITTEN_KEYS = ("output_dir", "run_name", "resume_from_checkpoint", "dry_run", "local_rank", "use_peft")
+_UNWRITTEN_KEYS = (
+    "output_dir",
+    "run_name",
+    "resume_from_checkpoint",
+    "dry_run",
+    "local_rank",
+    "use_peft",
+    "ray_num_gpus",
+)
 # Upstream fills these in from the machine: a file made on a laptop should not keep a GPU idle.
 _DERIVED_KEYS = ("use_cpu", "dataloader_pin_memory", "disable_tqdm", "accelerator_config", "debug", "report_to")
 _SECRET_KEYS = ("hub_token",)
@@ -143,6 +151,10 @@ def parse_settings(
     mentioned = {key: namespace[key] for key in {**defaults, **smoke, **config, **typed}}
     changed = {key: value for key, value in mentioned.items() if _plain(value) != upstream[key]}
     _refuse(changed, mentioned)
+    if namespace["load_in_4bit"] and namespace["load_in_8bit"]:
+        raise UserError(
+            "--load_in_4bit or --load_in_8bit, not both: switch the other one off, such as `--load_in_4bit false`."
+        )
     # A settings.yaml fed back mentions everything; of a file, what differs from upstream's default defines the run.
     given = {key: value for key, value in mentioned.items() if key in {**defaults, **smoke, **typed, **changed}}
 

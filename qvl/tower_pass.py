@@ -17,6 +17,7 @@ from qvl.encode import tokenize
 from qvl.errors import UserError
 from qvl.examples import image_sizes, transform_of
 from qvl.feature_store import FeatureStore
+from qvl.image_projector import projector_inputs
 from qvl.image_refs import ImageRef, TableImage, load_refs, open_image
 from qvl.images import ImageError, decode_rgb
 from qvl.survey import num_visual_tokens
@@ -181,8 +182,13 @@ def compute_features(
 
 
 def _features(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Features of several images, (num_visual_tokens, (1 + num_deepstack) * hidden_size), on the model's device."""
+    """Features of several images, (num_visual_tokens, size), on the model's device.
+
+    The size is (1 + num_deepstack) * hidden_size, or for models with a projector that of its inputs.
+    """
     on_device = {name: value.to(model.device, non_blocking=True) for name, value in inputs.items()}
+    if hasattr(model.base_model, "multi_modal_projector"):
+        return projector_inputs(model, **on_device)
     output = cast(Any, model).get_image_features(**on_device, return_dict=True)
     layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
     return torch.cat([torch.cat(list(images)) for images in layers], dim=1)

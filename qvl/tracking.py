@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qvl.errors import Terminated, UserError
 from qvl.mlflow_store import Store, first_line, upload_timeout
+from qvl.processes import is_main
 from qvl.provenance import provenance_tags
 from qvl.redaction import redact, redact_known_secrets
 
@@ -164,6 +165,25 @@ class RunRecord:
                 )
 
 
+class _Unrecorded(RunRecord):
+    """What a process has that is not the main one of its run: takes everything and keeps nothing."""
+
+    def __init__(self) -> None:
+        self.run_id, self.run_url, self.ui_command = "", None, ""
+
+    def log_metrics(self, metrics: Mapping[str, float | None], step: int | None = None) -> None:
+        """Nothing."""
+
+    def log_files(self, run_dir: Path) -> None:
+        """Nothing."""
+
+    def log_predictions(self, rows: list[dict[str, Any]]) -> None:
+        """Nothing."""
+
+    def log_picture(self, picture: "Image", key: str, step: int) -> None:
+        """Nothing."""
+
+
 @contextmanager
 def open_run(
     recipe: str, run_dir: Path, params: Mapping[str, Any], store_dir: Path, tags: Mapping[str, str] | None = None
@@ -184,9 +204,14 @@ def open_run(
         store_dir: folder of the default store, made if missing.
         tags: further tags, beside recipe, run_dir and those of `qvl.provenance`.
 
+    Of several processes the main one alone has a run; the others get a record that keeps nothing.
+
     Raises:
         UserError: the store or server cannot be used; raised before anything is yielded.
     """
+    if not is_main():
+        yield _Unrecorded()
+        return
     texts = {name: _shortened(str(value), _MAX_PARAM_CHARACTERS) for name, value in _clean(params).items()}
     all_tags = {"recipe": recipe, "run_dir": str(run_dir.absolute()), **provenance_tags(), **(tags or {})}
     store = Store(store_dir)

@@ -1,6 +1,7 @@
 """The stage train: rows that fit, an adapter where it belongs, proof of what moved, and what is saved."""
 
 import copy
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -16,7 +17,9 @@ from trl import SFTConfig
 
 from qvl import adapters, checks, run_folder
 from qvl.active_run import Run
+from qvl.adapter_origin import TRAINED_WITH, origin
 from qvl.answer_distributions import answer_distributions
+from qvl.clip_llm import composition_record, is_composed
 from qvl.collators import CompletionCollator
 from qvl.data import separate_completions
 from qvl.encode import tokenizer_of
@@ -25,12 +28,17 @@ from qvl.eval_generations import EvalGenerations
 from qvl.examples import undecoded_examples
 from qvl.features import require_frozen_vision
 from qvl.files import write_json_atomically, write_jsonl_atomically
+from qvl.models import load_config
+from qvl.processes import gathered, is_main, num_processes, on_main
+from qvl.sharding import Sharding, load_whole_models, sharding, trained_weights
 from qvl.shared_prefix import SharedPrefixCollator, marked_parts
 from qvl.survey import fit_rows, training_lengths
+from qvl.trained_parts import names_of_trained_parts, round_to_base, take_off, trained_parts
 from qvl.trainer import build_trainer, train
 from qvl.training_checks import GradientWatch, check_base_kept
-from qvl.training_form import lower_base_precision, training_form
-from qvl.training_rows import prepare_training_rows
+from qvl.training_form import checkpointing_arguments, lower_base_precision, recomputable_dropout, training_form
+from qvl.training_phases import phase_switches
+from qvl.training_rows import packed_if_wanted, prepare_training_rows
 from qvl.turns import truncate_turns
 
 _NUM_EXAMPLES_SHOWN = 3
@@ -44,48 +52,74 @@ def train_adapter(run: Run, resume_from: Path | None) -> None:
         Terminated: SIGTERM came; a checkpoint was saved.
         UserError: bad settings or rows, or a check that failed.
     """
+    try:
+        _train_adapter(run, resume_from)
+    finally:
+        load_whole_models()
+
+
+def _train_adapter(run: Run, resume_from: Path | None) -> None:
     rows, collator = prepare_training_rows(run)
-    base = run.load_base()
-    before_adapter = _distributions_of_first(run, base, rows)
+    trained_rows = packed_if_wanted(run, rows, collator)
+    _say_what_comes_twice(run, len(trained_rows))
+    kind = sharding()
+    base = run.load_base_to_train()
+    before_adapter = _distributions_of_first(run, base, rows) if run.base is not None else []
+    parts = trained_parts(base, run.settings)
     with training_form(run, base, collator):
         model = adapters.add_adapter(base, run.settings)
-        report = adapters.report_parameters(model)
+        report = adapters.report_parameters(model, parts)
         print("\n".join(report.lines()), flush=True)
         adapters.require_adapter_in_language_model(report)
+        phases = phase_switches(run.settings, model, parts)
         if run.settings.recipe.cache_vision_features:
             require_frozen_vision(model)
         args = trainer_arguments(run)
         run_folder.require_space(run.folder, report.num_trainable, 2 + (args.save_total_limit or 2))
         _require_good_batches(run, rows, collator)
         lower_base_precision(run, model)
+        recomputable_dropout(run, model)
 
         generations = EvalGenerations(run, model, resume_from) if run.settings.recipe.eval_generations else None
         # Of the model as the trainer leaves it: it casts adapters.
-        trainer = build_trainer(model, run.processing_class, rows, _held_out(run), args, collator, generations)
+        trainer = build_trainer(
+            model, run.processing_class, trained_rows, _held_out(run), args, collator, generations, parts
+        )
         trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         before = checks.hash_parameters(model)
         gradients = GradientWatch(model)
-        trainer.add_callback(gradients)
+        if kind is Sharding.NOTHING:
+            # Elsewhere a process has a piece of each gradient, or none any more when callbacks look.
+            trainer.add_callback(gradients)
+        for callback in (*phases, *run.callbacks):
+            trainer.add_callback(callback)
         log = _TrainingLog(run, resume_from)
         result = train(trainer, log.add, resume_from, run.settings.recipe.early_stopping_patience)
     if result.terminated:
         print("SIGTERM: checkpoint saved; go on with --resume_from_checkpoint true.", flush=True)
         raise Terminated
     after = checks.hash_parameters(model)
+    round_to_base(model)
     verdicts = [
         checks.check_placement(report),
+        *checks.check_parts_trained(model, parts),
         checks.check_frozen(before, after, trainable),
         checks.check_adapter_moved(before, after, trainable),
         *gradients.verdicts(),
+        *(checks.check_same_everywhere(gathered(after)) if num_processes() > 1 else []),
+        *(verdict for switch in phases for verdict in switch.verdicts()),
     ]
     if run.base is not None:
         with model.disable_adapter():
             verdicts.append(check_base_kept(before_adapter, _distributions_of_first(run, model, rows)))
-    save_adapter(run, model)
-    run.put_metrics("train", {**result.summary, **_cost_of(generations, result.summary)})
-    run_folder.update_checks(run.folder, [check.as_dict() for check in verdicts])
-    model.unload()
-    if not run.settings.recipe.keep_checkpoints:
+    weights = trained_weights(model) if kind is not Sharding.NOTHING else None
+    on_main(lambda: save_adapter(run, model, weights))
+    predicted = {"predicted_peak_gib": run.memory.training_gib()} if run.memory is not None else {}
+    run.put_metrics("train", {**result.summary, **predicted, **_cost_of(generations, result.summary)})
+    if is_main():
+        run_folder.update_checks(run.folder, [check.as_dict() for check in verdicts])
+    take_off(model)
+    if is_main() and not run.settings.recipe.keep_checkpoints:
         shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
     checks.require_passed(verdicts)
     print(f"{len(verdicts)} checks passed: adapter placed right and moved, frozen tensors unchanged.", flush=True)
@@ -99,11 +133,19 @@ def _distributions_of_first(run: Run, model: PreTrainedModel | PeftModel, rows: 
     return answer_distributions(model, [row], collator)
 
 
-def save_adapter(run: Run, model: PeftModel) -> None:
-    """Writes adapter/: weights, processor with template and pixel budget, what the base was. Whole or not at all."""
+def save_adapter(run: Run, model: PeftModel, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Writes adapter/: weights, processor with template and pixel budget, what the base was. Whole or not at all.
+
+    Args:
+        run: of the training.
+        model: adapter on its base.
+        weights: what was trained, by name, where the model itself holds pieces only.
+    """
     final, beside = run.folder / "adapter", run.folder / ".adapter-in-writing"
     shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
+    model.save_pretrained(beside, state_dict=weights)
+    if is_composed(run.settings):
+        adapters.round_adapter_weights(beside, model.dtype)
     run.processing_class.save_pretrained(beside)
     options = run.settings.model
     # The base may have been loaded from a folder of this machine; the adapter names what the user asked for.
@@ -111,11 +153,9 @@ def save_adapter(run: Run, model: PeftModel) -> None:
     config |= {"base_model_name_or_path": options.model_name_or_path, "revision": options.model_revision}
     write_json_atomically(beside / "adapter_config.json", config)
     write_json_atomically(
-        beside / "trained_with.json",
+        beside / TRAINED_WITH,
         {
-            "base_model_name_or_path": options.model_name_or_path,
-            "revision": options.model_revision,
-            "commit": getattr(model.get_base_model().config, "_commit_hash", None),
+            **origin(run.settings, run.processing_class, getattr(model.get_base_model().config, "_commit_hash", None)),
             "dtype": options.dtype,
             "load_in_4bit": options.load_in_4bit,
             "load_in_8bit": options.load_in_8bit,
@@ -125,10 +165,24 @@ def save_adapter(run: Run, model: PeftModel) -> None:
             "attn_implementation": options.attn_implementation,
             "size": dict(getattr(getattr(run.processing_class, "image_processor", None), "size", None) or {}),
             "max_length": run.settings.training.max_length,
+            **composition_record(run.settings, model.get_base_model()),
         },
     )
     shutil.rmtree(final, ignore_errors=True)
     beside.rename(final)
+
+
+def _say_what_comes_twice(run: Run, num_rows: int) -> None:
+    """Every process trains on as many batches: what is missing for that is taken from the start of the epoch."""
+    training = run.settings.training
+    global_batch = training.per_device_train_batch_size * num_processes()
+    missing = -num_rows % global_batch
+    if num_processes() > 1 and missing and not training.dataloader_drop_last:
+        print(
+            f"{num_rows} rows do not fill batches of {num_processes()} x {training.per_device_train_batch_size}: "
+            f"{missing} of them come twice in each epoch (--dataloader_drop_last leaves out the last batch instead).",
+            flush=True,
+        )
 
 
 class _TrainingLog:
@@ -158,7 +212,8 @@ def _require_good_batches(run: Run, rows: Dataset, collator: CompletionCollator 
         }
         for row in _first_of_different_images(rows)
     ]
-    write_json_atomically(run.folder / "training_examples.json", shown)
+    if is_main():
+        write_json_atomically(run.folder / "training_examples.json", shown)
     print("\n".join(_marked_lines(shown[0])), flush=True)
 
     size = run.settings.training.per_device_train_batch_size
@@ -170,9 +225,15 @@ def _require_good_batches(run: Run, rows: Dataset, collator: CompletionCollator 
     image_processor = getattr(run.processing_class, "image_processor", None)
     verdicts = [
         *checks.check_labels(batches, forbidden),
-        checks.check_placeholders(batches[0], image_id, getattr(image_processor, "merge_size", 1)),
+        checks.check_placeholders(
+            batches[0],
+            image_id,
+            getattr(image_processor, "merge_size", 1),
+            getattr(load_config(run.settings), "image_seq_length", None),
+        ),
     ]
-    run_folder.update_checks(run.folder, [check.as_dict() for check in verdicts])
+    if is_main():
+        run_folder.update_checks(run.folder, [check.as_dict() for check in verdicts])
     checks.require_passed(verdicts)
 
 
@@ -214,12 +275,23 @@ def trainer_arguments(run: Run) -> SFTConfig:
         "completion_only_loss": None,
         # The collator packs, SFTTrainer would refuse it for images.
         "padding_free": False,
+        "packing": False,
         # It does so for text-only models; the collator takes the rows as they are.
         "dataset_kwargs": {"skip_prepare_dataset": True},
         # A NaN that is logged as the average of what came before cannot be seen.
         "logging_nan_inf_filter": False,
         "resume_from_checkpoint": None,
+        **checkpointing_arguments(run.settings),
+        # A batch goes to the GPU while that is still busy with the one before.
+        "accelerator_config": dataclasses.replace(
+            training.accelerator_config,
+            non_blocking=training.accelerator_config.non_blocking or training.dataloader_pin_memory,
+        ),
     }
+    if num_processes() > 1 and training.ddp_find_unused_parameters is None:
+        # Upstream looks at each step for what had no gradient. LoRA layers always have one; a projector has none where
+        # a batch has no picture.
+        changes["ddp_find_unused_parameters"] = bool(names_of_trained_parts(run.settings))
     for key, value in changes.items():
         setattr(arguments, key, value)
     return arguments

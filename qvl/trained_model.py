@@ -1,4 +1,4 @@
-"""An adapter with the base, template, precision and pixel budget it was trained with, ready to answer."""
+"""An adapter, or what came of merging it, with the base, template, precision and pixel budget of its training."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ from peft import PeftModel
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, TextStreamer
 
+from qvl.adapter_origin import other_origin, read_trained_with
 from qvl.adapters import load_adapter, require_adapter
 from qvl.encode import ProcessingClass, tokenizer_of
 from qvl.errors import UserError
@@ -18,13 +19,8 @@ from qvl.generate import Decoding, PromptCollator
 from qvl.models import load_base, load_processing_class
 from qvl.settings import Settings, parse_settings
 
-_SAME_AS_IN_TRAINING = (
-    "load_in_4bit",
-    "load_in_8bit",
-    "bnb_4bit_quant_type",
-    "use_bnb_nested_quant",
-    "attn_implementation",
-)
+_QUANTIZATION = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
+_COMPOSITION = ("vision_encoder", "vision_encoder_revision", "num_image_tokens")
 
 
 @dataclass(frozen=True)
@@ -36,12 +32,14 @@ class TrainedModel:
         processing_class: the processor or tokenizer it was trained with.
         decoding: how it decodes.
         name: what it is, in words.
+        warnings: how what it was loaded on differs from what it was trained on.
     """
 
     model: PreTrainedModel | PeftModel
     processing_class: ProcessingClass
     decoding: Decoding
     name: str
+    warnings: tuple[str, ...] = ()
 
     @property
     def sees_images(self) -> bool:
@@ -82,25 +80,36 @@ class TrainedModel:
             )
 
 
-def load_trained(adapter: Path, base_only: bool, flags: Mapping[str, Any]) -> TrainedModel:
-    """Loads an adapter's base as it was in training, and the adapter on it.
+def is_merged(folder: Path) -> bool:
+    """Whether a folder holds a whole model, as `python -m qvl.export --format merged` writes it, and no adapter."""
+    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+
+
+def load_trained(folder: Path, base_only: bool, flags: Mapping[str, Any]) -> TrainedModel:
+    """Loads an adapter's base as it was in training, and the adapter on it; or the model that both were merged into.
 
     Args:
-        adapter: folder of an adapter; one that another program trained has no trained_with.json, and precision and
-            template are then those of this machine and the base.
+        folder: of an adapter; one that another program trained has no trained_with.json, and precision and template
+            are then those of this machine and the base. Or of a merged model.
         base_only: leave the adapter out, everything else as with it.
-        flags: how to decode, by the names of qvl's flags.
+        flags: how to decode, by the names of qvl's flags; they also go above the training's quantization.
 
     Raises:
         UserError: no adapter there, a base that cannot be loaded or does not fit, flags that contradict each other.
     """
-    require_adapter(adapter)
-    settings = _settings(adapter, flags)
+    merged = is_merged(folder)
+    if merged and base_only:
+        raise UserError(f"{folder} is a merged model: its base is in it and cannot be asked apart from it.")
+    if not merged:
+        require_adapter(folder)
+    settings = _settings(folder, merged, flags)
     torch.manual_seed(settings.training.seed)
-    has_own_template = any((adapter / name).is_file() for name in ("processor_config.json", "tokenizer_config.json"))
-    processing_class = load_processing_class(settings, adapter if has_own_template else None)
+    has_own_template = any((folder / name).is_file() for name in ("processor_config.json", "tokenizer_config.json"))
+    processing_class = load_processing_class(settings, folder if has_own_template else None)
     base = load_base(settings, settings.training.device)
-    model = base if base_only else load_adapter(base, adapter)
+    commit = getattr(base.config, "_commit_hash", None)
+    warnings = [] if merged else other_origin(folder, settings, processing_class, commit)
+    model = base if merged or base_only else load_adapter(base, folder)
     recipe = settings.recipe
     decoding = Decoding(
         max_new_tokens=recipe.max_new_tokens,
@@ -111,28 +120,38 @@ def load_trained(adapter: Path, base_only: bool, flags: Mapping[str, Any]) -> Tr
         top_p=recipe.top_p,
         top_k=recipe.top_k,
     )
-    kind = "4-bit" if settings.model.load_in_4bit else "8-bit" if settings.model.load_in_8bit else settings.model.dtype
-    on_it = "without an adapter" if base_only else f"with {adapter}"
-    name = f"{settings.model.model_name_or_path} {on_it} ({kind}, {base.device.type})"
-    return TrainedModel(model.eval(), processing_class, decoding, name)
+    name = _name(settings, folder, merged, base_only)
+    return TrainedModel(model.eval(), processing_class, decoding, name, tuple(warnings))
 
 
-def _settings(adapter: Path, flags: Mapping[str, Any]) -> Settings:
-    """Settings that name the base as the training did."""
-    path = adapter / "trained_with.json"
-    if path.is_file():
-        trained = json.loads(path.read_text(encoding="utf-8"))
+def _name(settings: Settings, folder: Path, merged: bool, base_only: bool) -> str:
+    options = settings.model
+    kind = "4-bit" if options.load_in_4bit else "8-bit" if options.load_in_8bit else options.dtype
+    on_it = ", merged" if merged else " without an adapter" if base_only else f" with {folder}"
+    return f"{options.model_name_or_path}{on_it} ({kind}, {settings.training.device.type})"
+
+
+def _settings(folder: Path, merged: bool, flags: Mapping[str, Any]) -> Settings:
+    """Settings that name the model as the training did."""
+    trained = read_trained_with(folder)
+    if trained is None:
+        trained = {} if merged else json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if merged:
+        values: dict[str, Any] = {"model_name_or_path": str(folder)}
+    elif not trained.get("base_model_name_or_path"):
+        raise UserError(f"{folder} does not say which base it was trained on (base_model_name_or_path).")
     else:
-        trained = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    if not trained.get("base_model_name_or_path"):
-        raise UserError(f"{adapter} does not say which base it was trained on (base_model_name_or_path).")
-    values: dict[str, Any] = {
-        "model_name_or_path": trained["base_model_name_or_path"],
-        # The commit that was trained on, where a hub told it: a branch may have moved since.
-        "model_revision": trained.get("commit") or trained.get("revision") or "main",
-        **{key: trained[key] for key in _SAME_AS_IN_TRAINING if trained.get(key) is not None},
-        **flags,
-    }
+        values = {
+            "model_name_or_path": trained["base_model_name_or_path"],
+            # The commit that was trained on, where a hub told it: a branch may have moved since.
+            "model_revision": trained.get("commit") or trained.get("revision") or "main",
+            **{key: trained[key] for key in (*_QUANTIZATION, *_COMPOSITION) if trained.get(key) is not None},
+        }
+        if trained.get("vision_encoder_commit"):
+            values["vision_encoder_revision"] = trained["vision_encoder_commit"]
+    if trained.get("attn_implementation") is not None:
+        values["attn_implementation"] = trained["attn_implementation"]
+    values |= flags
     if trained.get("dtype"):
         # Only the weights' format matters here; training flags would be checked against the device.
         values |= {"dtype": trained["dtype"], "bf16": False, "fp16": False}

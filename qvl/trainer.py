@@ -2,8 +2,9 @@
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,6 +16,7 @@ from datasets import Dataset
 from packaging.version import Version
 from peft import PeftModel
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
     EarlyStoppingCallback,
@@ -32,10 +34,14 @@ from qvl.encode import ProcessingClass
 from qvl.errors import UserError
 from qvl.examples import without_images
 from qvl.features import encoder_inputs
+from qvl.frozen_vision import ask_no_gradient_of_vision
 from qvl.held_out import means, token_sums
 from qvl.memory_use import peak_gib, reset_peak
+from qvl.processes import anywhere, gathered, num_processes
 from qvl.segment_attention import block_mask
+from qvl.sharding import Sharding, sharding
 from qvl.shared_prefix import SharedPrefixCollator
+from qvl.trained_parts import TrainedPart, optimizer_groups, round_to_base, rounded_to_base
 
 # A loss scaler starts at 65,536 and halves at every overflow; below 1 it scales gradients down, into fp16's underflow.
 _SMALLEST_LOSS_SCALE = 1.0
@@ -52,9 +58,12 @@ class CompletionTrainer(SFTTrainer):
     training loss, the step and everything else is upstream's.
     """
 
-    def __init__(self, score_answers: ScoreAnswers | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, score_answers: ScoreAnswers | None = None, parts: Sequence[TrainedPart] = (), **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self._score_answers = score_answers
+        self._parts = parts
         self._held_out_sums = torch.zeros(0)
         # Qwen-VL models declare that they take no `num_items_in_batch`, which makes Trainer average the losses of
         # micro-batches whatever their token counts: 4 x 1 and 1 x 4 then differ by a third. SFTTrainer's loss takes it.
@@ -63,6 +72,19 @@ class CompletionTrainer(SFTTrainer):
         self._interval_wait_seconds = 0.0
         self._interval_samples = 0
         self._interval_first_token = 0.0
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Upstream's, with a group for each part that has a learning rate of its own; each keeps the schedule's shape.
+
+        The groups go in where upstream's own optimizers with groups put theirs (`optimizer_cls_and_kwargs`).
+        """
+        if self.optimizer is None and any(part.learning_rate is not None for part in self._parts):
+            model = self.model if model is None else model
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            decaying = set(self.get_decay_parameter_names(model))
+            groups = optimizer_groups(model, self._parts, decaying, self.args.learning_rate, self.args.weight_decay)
+            self.optimizer_cls_and_kwargs = (optimizer_class, {**kwargs, "params": groups})
+        return super().create_optimizer(model)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         """Upstream's, on rows as they are stored: it looks at their lengths, and examples would be decoded for that."""
@@ -86,7 +108,9 @@ class CompletionTrainer(SFTTrainer):
         # Rows that hold one sample each are short, and SDPA with a dense mask is the faster one there.
         if getattr(self.data_collator, "padding_free", False) and inputs["segment_ids"].is_cuda:
             inputs["block_mask"] = block_mask(inputs["segment_ids"])
-        return encoder_inputs(inputs, self.model)
+        # What a trained projector computes here belongs to the forward pass.
+        with self.compute_loss_context_manager():
+            return encoder_inputs(inputs, self.model)
 
     def prediction_step(
         self,
@@ -96,8 +120,8 @@ class CompletionTrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
         """The loss of a batch; what it is the mean of is added up for `evaluation_loop`."""
-        inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
+            inputs = self._prepare_inputs(inputs)
             sums = token_sums(self.accelerator.unwrap_model(model), inputs)
         # Rows that fill up the last batch of a process are left out here.
         self._held_out_sums += self.accelerator.gather_for_metrics(sums.stacked()).sum(dim=0)
@@ -115,7 +139,9 @@ class CompletionTrainer(SFTTrainer):
         start = time.perf_counter()
         self._held_out_sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         # Data loaders draw seeds, and sampling is seeded: training must go the same with and without an evaluation.
-        with torch.random.fork_rng(devices=[self.args.device] if self.args.device.type == "cuda" else []):
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        # Outside of autocast, and with what would be saved now.
+        with torch.random.fork_rng(devices=devices), rounded_to_base(self.model):
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
             found = means(self._held_out_sums.tolist())
             if self._score_answers is not None:
@@ -173,6 +199,8 @@ class DivergenceWatchdog(TrainerCallback):
     def __init__(self, model: nn.Module, loss_scale: Callable[[], float | None]) -> None:
         self.loss_scale = loss_scale
         self.not_finite: torch.Tensor | None = None
+        self._of_step_before: torch.Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
         self.hook = model.register_forward_hook(self._look)
 
     def _look(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
@@ -182,16 +210,24 @@ class DivergenceWatchdog(TrainerCallback):
             self.not_finite = bad if self.not_finite is None else self.not_finite | bad
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Looks once an optimizer step, where the trainer waits for the device anyway.
+        """Looks at the step before, whose answer has come meanwhile, and at this one where the trainer waits anyway.
+
+        To ask a GPU about this step at every step would keep it idle until the next batch is there.
 
         Raises:
             UserError: the run has diverged.
         """
-        if self.not_finite is not None and bool(self.not_finite):
-            raise UserError(
-                f"Step {state.global_step}: the loss is not a number. Lower --learning_rate or --max_grad_norm; in "
-                "fp16 also try --dtype float32, or bf16 on a GPU that has it (compute capability 8.0)."
-            )
+        if self.not_finite is not None:
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            if self._of_step_before is not None:
+                _require_finite(self._of_step_before, state.global_step - 1)
+            if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
+                _require_finite(self.not_finite, state.global_step)
+            self._of_step_before = self.not_finite.to("cpu", non_blocking=True)
+            if self.not_finite.is_cuda:
+                self._arrived = torch.cuda.Event()
+                self._arrived.record()
         scale = self.loss_scale()
         if scale is not None and scale < _SMALLEST_LOSS_SCALE:
             raise UserError(
@@ -206,6 +242,14 @@ class DivergenceWatchdog(TrainerCallback):
         self.hook.remove()
 
 
+def _require_finite(not_finite: torch.Tensor, step: int) -> None:
+    if bool(not_finite):
+        raise UserError(
+            f"Step {step}: the loss is not a number. Lower --learning_rate or --max_grad_norm; in "
+            "fp16 also try --dtype float32, or bf16 on a GPU that has it (compute capability 8.0)."
+        )
+
+
 class SaveOnTermination(TrainerCallback):
     """SIGTERM during training: finish the step, save a checkpoint, stop. `requested` then tells."""
 
@@ -216,14 +260,16 @@ class SaveOnTermination(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes the signal over for the time of the training."""
-        self._previous = signal.signal(signal.SIGTERM, self._request)
+        """Takes the signal over for the time of the training; trials of a sweep run in a thread, which gets none."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._request)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Asks for a checkpoint and the end."""
+        """Asks for a checkpoint and the end; of several processes all at the same step, whichever had the signal."""
+        self.requested = anywhere(self.requested, args.device)
         if self.requested:
             control.should_save = True
             control.should_training_stop = True
@@ -232,7 +278,8 @@ class SaveOnTermination(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Gives the signal back."""
-        signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
 
 
 @dataclass(frozen=True)
@@ -269,17 +316,23 @@ def build_trainer(
     args: SFTConfig,
     collator: CompletionCollator | SharedPrefixCollator,
     score_answers: ScoreAnswers | None = None,
+    parts: Sequence[TrainedPart] = (),
 ) -> CompletionTrainer:
     """The trainer, with fp32 adapters whatever the base is.
 
     SFTTrainer casts the adapters of a quantized base to bf16, which a GPU without bf16 cannot scale and which loses
-    updates smaller than 1/256 of a weight.
+    updates smaller than 1/256 of a weight. So does it with parts that are trained whole; they keep the base's format
+    where there is no autocast that would put fp32 and 16 bits together.
     """
     if not isinstance(processing_class, ProcessorMixin):
         train_dataset = without_images(train_dataset)
         eval_dataset = without_images(eval_dataset) if eval_dataset is not None else None
+    # ZeRO-3 puts tensors together in one format; its optimizer keeps fp32 copies of its own.
+    dtype = model.dtype if sharding() is Sharding.ZERO3 else torch.float32
+    values = {name: p.data.to(dtype) for name, p in model.named_parameters() if p.requires_grad}
     trainer = CompletionTrainer(
         score_answers=score_answers,
+        parts=parts,
         model=model,
         args=args,
         data_collator=collator,
@@ -287,9 +340,18 @@ def build_trainer(
         eval_dataset=eval_dataset,
         processing_class=processing_class,
     )
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32)
+    ask_no_gradient_of_vision(model)
+    for name, parameter in model.named_parameters():
+        if name in values:
+            parameter.data = values[name]
+    if not (args.bf16 or args.fp16):
+        round_to_base(model)
+    if num_processes() > 1:
+        # Every process has loaded the same frozen base: what is sent at the start, and at each step where buffers hold
+        # weights (fp8), is what is trained.
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        buffers = [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*frozen, *buffers])
     return trainer
 
 
@@ -324,7 +386,7 @@ def train(
     summary = {
         "samples_per_second": output.metrics.get("train_samples_per_second"),
         "seconds": seconds,
-        "peak_gib": peak_gib(),
+        "peak_gib": max(gathered(peak_gib())),
         # A run shorter than --logging_steps has logged no loss of its own.
         "final_loss": last.get("loss", output.training_loss),
         "mean_loss": output.training_loss,

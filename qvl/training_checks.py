@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from qvl.adapters import load_adapter
 from qvl.answer_distributions import divergences, largest_difference
 from qvl.checks import Check, at_most
+from qvl.trained_parts import take_off
 
 # Merging rounds the sum to the weights' format: 1e-8 nats measured in fp32. In 4-bit the sum is quantized anew, which
 # moved the embedded models by 0.03 to 0.05, as much as quantization itself does.
@@ -123,7 +124,7 @@ def check_save_load(model: PeftModel, measure: Distributions, folder: Path) -> t
     """
     before = measure(model)
     model.save_pretrained(folder)
-    loaded = load_adapter(model.unload(), folder)
+    loaded = load_adapter(take_off(model), folder)
     after = measure(loaded)
     return loaded, at_most("saved_and_loaded_gives_the_same", largest_difference(before, after), 0, " difference")
 

@@ -22,6 +22,8 @@ from qvl.errors import UserError
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TAG = re.compile(r"\{%[-+]?\s*(for|endfor)\b(.*?)[-+]?%\}", re.DOTALL)
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+# With thinking off, Qwen3's template writes this into the generation prompt and the last answer, not into the history.
+_NO_THOUGHTS = "<think>\n\n</think>\n\n"
 _LOOP_VARIABLE = re.compile(r"\s*(\w+)\s+in\s")
 _REMEDY = (
     "Add {% generation %} ... {% endgeneration %} around the assistant's turns in a copy of the template and name it "
@@ -61,13 +63,17 @@ class TrainingTemplate:
         return text, [(self._behind_header(text, start, end), end) for start, end in spans]
 
     def _behind_header(self, text: str, start: int, end: int) -> int:
-        found = text.find(self.header, start, end)
+        header = self.header
+        found = text.find(header, start, end)
+        if found < 0 and header.endswith(_NO_THOUGHTS):
+            header = header.removesuffix(_NO_THOUGHTS)
+            found = text.find(header, start, end)
         if found < 0:
             raise UserError(
                 f"the chat template begins an assistant's turn otherwise than with {self.header!r}, which is what "
                 f"generation begins with. {_REMEDY}"
             )
-        return found + len(self.header)
+        return found + len(header)
 
 
 @functools.lru_cache(maxsize=64)

@@ -33,7 +33,7 @@ def describe_vision(model: PreTrainedModel, processing_class: ProcessorMixin) ->
         for key, value in config.vision_config.to_dict().items()
         if not key.startswith("_") and key not in ("dtype", "transformers_version")
     }
-    model_keys = ("model_type", "vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act")
+    model_keys = ("model_type", "vision_feature_layer", "vision_feature_select_strategy")
     processor_keys = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
     described = {
         "model": {key: getattr(config, key, None) for key in model_keys},
@@ -56,10 +56,10 @@ def _version(package: str) -> str | None:
 
 
 def vision_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Everything that an image passes before the language model: tower, merger or projector."""
+    """What an image has passed once its features are kept: tower and merger; a projector comes behind."""
     base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-    decoder = base.get_decoder()
-    return {name: module for name, module in base.base_model.named_children() if module is not decoder}
+    later = (base.get_decoder(), getattr(base.base_model, "multi_modal_projector", None))
+    return {name: module for name, module in base.base_model.named_children() if not any(module is m for m in later)}
 
 
 def vision_dtype(model: PreTrainedModel) -> torch.dtype:
@@ -68,6 +68,12 @@ def vision_dtype(model: PreTrainedModel) -> torch.dtype:
 
 
 def bytes_per_visual_token(model: PreTrainedModel) -> int:
-    """Of the features of one visual token: for the embedding, and for each layer that DeepStack adds to."""
+    """Of the features of one visual token: for the embedding, and for each layer that DeepStack adds to.
+
+    Of models with a projector: of what it is given.
+    """
+    projector = getattr(model.base_model, "multi_modal_projector", None)
+    if projector is not None:
+        return int(projector.linear_1.in_features * vision_dtype(model).itemsize)
     num_deepstack = len(getattr(model.config.vision_config, "deepstack_visual_indexes", []))
     return int((1 + num_deepstack) * model.config.get_text_config().hidden_size * vision_dtype(model).itemsize)

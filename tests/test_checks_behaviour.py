@@ -179,6 +179,18 @@ def test_images_given_to_other_rows_fail() -> None:
     assert names(checks) == {"own_image_likelier_share_before_training", "own_image_margin_before_training"}
 
 
+def test_features_that_reach_the_next_row_fail() -> None:
+    """The tower sees every image, and what it sees goes to another caption: nothing but the routing is wrong."""
+    alike = [{**row, "images": [image.resize((128, 128)) for image in row["images"]]} for row in rows(32)]
+    found = measure_alignment(base(QWEN25), alike, collator(), batch_size=8)
+    assert failed(check_alignment(found, "before_training")) == []
+    model = broken()
+    hook_visual(model, lambda features: features.roll(len(features) // 8, dims=0))
+    found = measure_alignment(model, alike, collator(), batch_size=8)
+    assert len(failed(check_alignment(found, "before_training"))) == 2
+    assert found.share < 0.5 and found.margin < 0
+
+
 def test_a_blind_model_has_no_alignment() -> None:
     model = broken()
     hook_visual(model, torch.zeros_like)

@@ -140,7 +140,7 @@ def test_the_tree_is_the_repositorys() -> None:
     assert [path for path in listed if not (PROJECT / path).exists()] == []
     held = {
         str(path.relative_to(PROJECT))
-        for folder in ("qvl", "recipes", "environments")
+        for folder in ("qvl", "recipes", "ray_jobs", "environments")
         for path in (PROJECT / folder).iterdir()
         if path.is_file() and path.name != "__init__.py" and not path.name.startswith(".")
     }

@@ -24,13 +24,12 @@ from qvl.checks import hash_parameters
 from qvl.collators import CompletionCollator
 from qvl.encode import tokenize, tokenizer_of
 from qvl.errors import UserError
+from qvl.model_names import ASSETS, model_source
 from qvl.models import (
-    ASSETS,
     language_model_path,
     load_base,
     load_config,
     load_processing_class,
-    model_source,
     skeleton,
 )
 from qvl.padding_token import ensure_padding_token

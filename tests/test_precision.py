@@ -94,6 +94,6 @@ def test_settings_carry_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_tiny_models_would_load_in_bf16_on_their_own() -> None:
     """So that fp32 on a CPU is the choice made here, not what the weights happen to be stored in."""
-    from qvl.models import model_source
+    from qvl.model_names import model_source
 
     assert AutoConfig.from_pretrained(model_source("qvl/tiny-qwen3-vl")).dtype == torch.bfloat16

@@ -17,7 +17,7 @@ from qvl.check_stage import free_bytes
 from qvl.errors import UserError
 from qvl.flags import DEFAULT_STAGES, STAGES
 from qvl.free_photos import PHOTOS, photo_paths
-from qvl.models import ASSETS
+from qvl.model_names import ASSETS
 from qvl.recipe import run
 from qvl.settings import parse_settings
 from recipes import flickr8k, qwen2_5_vl, qwen_chat

@@ -11,7 +11,7 @@ import pytest
 
 from qvl.errors import UserError
 from qvl.files import read_jsonl
-from qvl.models import model_source
+from qvl.model_names import model_source
 
 LIMIT_SECONDS = 600
 

@@ -102,6 +102,9 @@ def test_the_run_record_is_complete_and_readable(finished: Path) -> None:
     assert record.data.tags["recipe"] == "flickr8k"
     for name in ("baseline_bleu4", "finetuned_bleu4", "difference_bleu4_mean", "train_seconds", "data_wait_share"):
         assert name in record.data.metrics
+    for part in ("train", "cost_baseline", "cost_finetuned"):
+        assert record.data.metrics[f"{part}_peak_gib"] > 0
+        assert record.data.metrics[f"{part}_predicted_peak_gib"] > 0
     client = MlflowClient(f"sqlite:///{finished.parent / 'mlflow.db'}")
     history = client.get_metric_history(record.info.run_id, "loss")
     assert [(point.step, point.value) for point in history] == list(enumerate(losses(finished), start=1))

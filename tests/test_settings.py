@@ -47,13 +47,20 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
     "dtype": (["--dtype", "bfloat16"], "bfloat16"),
     "tf32": (["--tf32", "false"], False),
     "activation_checkpointing": (["--activation_checkpointing", "false"], False),
-    "deepspeed": (["--deepspeed", "none.json"], UserError),
     "fp16": (["--fp16"], UserError),
     "ddp_backend": (["--ddp_backend", "gloo"], UserError),
-    "fsdp": (["--fsdp", "full_shard"], True),
     "debug": (["--debug", "underflow_overflow"], ["underflow_overflow"]),
     "report_to": (["--report_to", "wandb"], ["wandb"]),
     "optim_args": (["--optim_args", "a=1"], "a=1"),
+    "projector_learning_rate": (["--train_projector", "--projector_learning_rate", "1e-5"], 1e-5),
+    **{
+        name: (["--vision_encoder", "clip", f"--{name}", word], int(word) if word.isdigit() else word)
+        for name, word in [("vision_encoder_revision", "v1"), ("vision_mode", "text"), ("num_image_tokens", "16")]
+    },
+    "phase": (["--train_projector", "--phase", "align"], ["align"]),
+    "align_share": (["--align_share", "0.5"], 0.5),
+    "merger_learning_rate": (["--train_merger", "--merger_learning_rate", "1e-5"], 1e-5),
+    "vision_tower_learning_rate": (["--train_vision_tower", "--vision_tower_learning_rate", "1e-5"], 1e-5),
     "load_best_model_at_end": (
         ["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", "500"],
         True,
@@ -67,7 +74,7 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
 _NESTED = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 SPECIAL |= {
     name: ([f"--{name}", '{"use_reentrant": true}'], {"use_reentrant": True})
-    for name in (*_NESTED, "model_init_kwargs", "fsdp_config")
+    for name in (*_NESTED, "model_init_kwargs")
 }
 
 
@@ -124,7 +131,7 @@ def test_every_flag_that_is_not_refused_arrives(name: str, monkeypatch: pytest.M
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     words, expected = SPECIAL.get(name) or other_value(FIELDS[name])
     if expected is UserError:
-        assert f"--{name.split('_')[0]}" in refusal(*words) or name in ("deepspeed", "ddp_backend")
+        assert f"--{name.split('_')[0]}" in refusal(*words) or name == "ddp_backend"
         return
     settings = parse(*words)
     value = value_of(settings, name)
@@ -170,8 +177,24 @@ def test_refused_values_give_their_reason(key: str, value: Any) -> None:
     assert REFUSED_VALUES[key, value] in refusal(f"--{key}", str(value).lower())
 
 
+@pytest.mark.parametrize("name", ["deepspeed", "fsdp", "fsdp_config"])
+def test_a_refused_launch_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
+    """transformers keeps a reference to a DeepSpeed configuration that failed while any traceback holds it."""
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    from qvl import models
+
+    file = tmp_path / "none.json"
+    with pytest.raises(UserError, match="accelerate launch") as kept:
+        parse(f"--{name}", str(file))
+    assert deepspeed_config() is None
+    config = models.load_config(parse("--model_name_or_path", "qvl/tiny-qwen3-chat", "--use_cpu"))
+    assert models.skeleton(config).num_parameters() > 0
+    assert kept.value is not None
+
+
 def test_a_refused_flag_with_its_default_is_no_contradiction() -> None:
-    assert parse("--packing", "false").training.packing is False
+    assert parse("--packing_strategy", "bfd").training.packing_strategy == "bfd"
 
 
 # Precedence
@@ -256,7 +279,7 @@ def test_overrides_of_a_sweep_pass_the_same_checks() -> None:
         (["--lora_r", "x"], "invalid int value: 'x'"),
         (["--max_length", "no"], "invalid"),
         (["--stages", "trian"], "invalid choice: 'trian'"),
-        (["--load_in_4bit", "--load_in_8bit"], "8 bit and 4 bit"),
+        (["--load_in_4bit", "--load_in_8bit"], "--load_in_4bit or --load_in_8bit, not both"),
         (["--report_to", "wandbb"], "wandb"),
         (["--temperature", "0.5"], "without --do_sample"),
         (["--top_k", "3"], "without --do_sample"),
@@ -301,7 +324,7 @@ def test_unknown_recipe_defaults_and_keys(tmp_path: Path) -> None:
         "--config", config_file(tmp_path, max_lenght=1)
     )
     assert "`help` is no flag" in refusal(defaults={"help": 1})
-    assert "is refused" in refusal("--config", config_file(tmp_path, packing=True))
+    assert "is refused" in refusal("--config", config_file(tmp_path, packing_strategy="wrapped"))
 
 
 @pytest.mark.parametrize(
@@ -392,7 +415,7 @@ ARGUMENT_SETS: list[list[str]] = [
     ["--stages", "train", "evaluate", "--seed", "7", "--do_sample", "--temperature", "0.7"],
     ["--instruction", 'Caption: "yes", #1\nn\u00e4chste Zeile', "--dataset_name", "null"],
     ["--report_to", "wandb", "--eval_strategy", "epoch", "--save_strategy", "epoch", "--load_best_model_at_end"],
-    ["--accelerator_config", '{"split_batches": true}', "--fsdp_config", '{"min_num_params": 1}'],
+    ["--accelerator_config", '{"split_batches": true}'],
     ["--debug", "underflow_overflow", "--optim_target_modules", "all-linear", "--warmup_steps", "0.1"],
     ["--model_init_kwargs", '{"use_kernels": true}', "--lr_scheduler_kwargs", '{"num_cycles": 2}'],
     ["--loss_type", "dft", "--neftune_noise_alpha", "5", "--torch_compile", "--tf32", "false"],

@@ -31,9 +31,9 @@ TRAINING = {
 }
 
 
-def step_end(watchdog: DivergenceWatchdog, step: int, folder: Path) -> None:
+def step_end(watchdog: DivergenceWatchdog, step: int, folder: Path, **wanted: bool) -> None:
     state = TrainerState(global_step=step)
-    watchdog.on_step_end(TrainingArguments(output_dir=str(folder), use_cpu=True), state, TrainerControl())
+    watchdog.on_step_end(TrainingArguments(output_dir=str(folder), use_cpu=True), state, TrainerControl(**wanted))
 
 
 class Outputs(dict[str, torch.Tensor]):
@@ -56,8 +56,19 @@ def test_the_watchdog_names_the_step_of_a_loss_that_is_no_number(bad: float, tmp
     model(torch.tensor([-1.0, -2.0]))
     step_end(watchdog, 6, tmp_path)
     model(torch.tensor([-1.0, bad]))
+    step_end(watchdog, 7, tmp_path)  # a GPU would still be at it
+    model(torch.tensor([-1.0, -2.0]))
     with pytest.raises(UserError, match="Step 7: the loss is not a number"):
-        step_end(watchdog, 7, tmp_path)
+        step_end(watchdog, 8, tmp_path)
+
+
+@pytest.mark.parametrize("wanted", ["should_log", "should_save", "should_evaluate", "should_training_stop"])
+def test_the_watchdog_looks_at_once_before_anything_of_a_step_is_kept(wanted: str, tmp_path: Path) -> None:
+    model = Model()
+    watchdog = DivergenceWatchdog(model, loss_scale=lambda: None)
+    model(torch.tensor([float("nan")]))
+    with pytest.raises(UserError, match="Step 7: the loss is not a number"):
+        step_end(watchdog, 7, tmp_path, **{wanted: True})
 
 
 def test_the_watchdog_names_the_step_of_a_collapsed_loss_scale(tmp_path: Path) -> None:
