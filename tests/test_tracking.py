@@ -315,7 +315,7 @@ def test_signals_mark_the_run_killed(waiting_runs: dict[str, "subprocess.Popen[s
         client = _client(Path(process.args[-1]))
         assert client.get_run(run_id).info.status == "RUNNING"
         process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
         assert client.get_run(run_id).info.status == "KILLED"
         assert process.returncode == exit_code
         # Python's own last words on Ctrl-C; else nothing, of MLflow's migration logs neither.
