@@ -135,13 +135,15 @@ def make_clip_processor(seed: int) -> transformers.CLIPProcessor:
     empty = transformers.CLIPTokenizer()
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer, bpe.pre_tokenizer = empty._tokenizer.normalizer, empty._tokenizer.pre_tokenizer
-    alphabet = list("abcdefghijklmnopqrstuvwxyz.,;:!?'-0123456789")
+    alphabet = "abcdefghijklmnopqrstuvwxyz.,;:!?'-0123456789"
+    # All in one order: the trainer numbers letters that end a word as it meets them, in another order in every process,
+    # and which pairs it merges first follows from their numbers.
+    numbered = ["<|startoftext|>", "<|endoftext|>", *alphabet, *(f"{letter}</w>" for letter in alphabet)]
     bpe.train_from_iterator(
         texts,
         tokenizers.trainers.BpeTrainer(
             vocab_size=_TEXT_VOCABULARY,
-            special_tokens=["<|startoftext|>", "<|endoftext|>"],
-            initial_alphabet=alphabet,
+            special_tokens=numbered,
             end_of_word_suffix="</w>",
             show_progress=False,
         ),

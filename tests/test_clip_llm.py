@@ -31,6 +31,7 @@ from qvl.image_projector import ImageProjector, image_token_counts, pooled, proj
 from qvl.image_template import with_images
 from qvl.image_words import answer_words, images_as_words, zero_shot_tags
 from qvl.models import load_base, load_config, load_processing_class, quantization, skeleton
+from qvl.pretrain_clip import make_clip_processor
 from qvl.settings import Settings
 from qvl.trained_parts import trained_parts
 from qvl.training_phases import PhaseSwitch, switch_lora
@@ -465,3 +466,8 @@ def test_an_answer_never_becomes_the_prompt(tmp_path: Path) -> None:
 def test_without_words_to_choose_from_it_says_so() -> None:
     with pytest.raises(UserError, match='give the rows a "caption"'):
         zero_shot_tags(composed("--vision_mode", "text"), CPU, [], [])
+
+
+def test_the_tiny_clips_tokenizer_is_the_same_every_time() -> None:
+    """The library's own maps have another order each time, and a seeded training must not."""
+    assert len({make_clip_processor(0).tokenizer.backend_tokenizer.to_str() for _ in range(3)}) == 1
