@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,9 @@ import transformers
 import trl
 from PIL import Image
 from torch.nn.functional import cross_entropy, linear
-from torch.utils.data import DataLoader
 
 from qvl import pretrain_clip, scenes
+from qvl.pretrain_loop import train_from_scratch
 
 SPECIAL_TOKENS = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
@@ -289,37 +288,15 @@ def train(name: str, seed: int, device: str, num_workers: int) -> tuple[Any, Any
     model = make_model(name, getattr(processor, "tokenizer", processor)).to(device).train()
     if name not in TEXT_MODELS:
         _embed_patches_by_product(model.model.visual.patch_embed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    record = train_from_scratch(
+        name, model, Batches(name, seed, processor), _answer_loss, recipe.learning_rate, num_workers
     )
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 100, recipe.num_steps)
-    batches: DataLoader[Any] = DataLoader(Batches(name, seed, processor), batch_size=None, num_workers=num_workers)  # type: ignore[arg-type]
-    started, losses = time.monotonic(), []
-    for step, (inputs, labels) in enumerate(batches, start=1):
-        inputs = {key: value.to(device) for key, value in inputs.items()}
-        logits = model(**inputs, use_cache=False).logits
-        loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-        if step % 100 == 0:
-            seconds = time.monotonic() - started
-            print(f"{name} step {step}/{recipe.num_steps} loss {_recent(losses):.4f} {seconds:.0f} s", flush=True)
-    record = {
-        "final_loss": round(_recent(losses), 4),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "seconds": round(time.monotonic() - started),
-        "num_steps": recipe.num_steps,
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
     return model, processor, record
 
 
-def _recent(losses: list[torch.Tensor]) -> float:
-    return float(torch.stack(losses[-100:]).mean())
+def _answer_loss(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    logits = model(**inputs, use_cache=False).logits
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
 def _embed_patches_by_product(patch_embed: Any) -> None:

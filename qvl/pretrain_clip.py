@@ -13,16 +13,15 @@ that from CLIP's features: the recipe's projector teaches it.
 import dataclasses
 import json
 import random
-import time
 from typing import Any
 
 import tokenizers
 import torch
 import transformers
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
 
 from qvl import scenes
+from qvl.pretrain_loop import train_from_scratch
 
 IMAGE_SIDE_PX = 128
 PATCH_PX = 16
@@ -224,31 +223,8 @@ def train_clip(seed: int, device: str, num_workers: int) -> tuple[Any, Any, dict
     transformers.set_seed(seed)
     processor = make_clip_processor(seed)
     model = make_clip(processor.tokenizer).to(device).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
-    )
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 100, NUM_STEPS)
-    batches: DataLoader[Any] = DataLoader(PairBatches(seed, processor), batch_size=None, num_workers=num_workers)  # type: ignore[arg-type]
-    started, losses = time.monotonic(), []
-    for step, (inputs, also_true) in enumerate(batches, start=1):
-        loss = _contrast(model, {key: value.to(device) for key, value in inputs.items()}, also_true.to(device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-        if step % 100 == 0:
-            seconds = time.monotonic() - started
-            print(f"tiny-clip step {step}/{NUM_STEPS} loss {_recent(losses):.4f} {seconds:.0f} s", flush=True)
-    record = {
-        "final_loss": round(_recent(losses), 4),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "seconds": round(time.monotonic() - started),
-        "num_steps": NUM_STEPS,
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
-    return model, processor, record
+    batches = PairBatches(seed, processor)
+    return model, processor, train_from_scratch("tiny-clip", model, batches, _contrast, LEARNING_RATE, num_workers)
 
 
 def _contrast(model: Any, inputs: dict[str, torch.Tensor], also_true: torch.Tensor) -> torch.Tensor:
@@ -258,7 +234,3 @@ def _contrast(model: Any, inputs: dict[str, torch.Tensor], also_true: torch.Tens
     logits = model(**inputs).logits_per_image.masked_fill(also_true, float("-inf"))
     right = torch.arange(len(logits), device=logits.device)
     return (cross_entropy(logits, right) + cross_entropy(logits[:, : len(logits)].T, right)) / 2
-
-
-def _recent(losses: list[torch.Tensor]) -> float:
-    return float(torch.stack(losses[-100:]).mean())
