@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from ray_jobs.environment import python_path
+
 _LOOK_SECONDS = 0.2
 
 
@@ -52,8 +54,7 @@ class Body:
         variables = {**os.environ, **environment, "PYTHONUNBUFFERED": "1"}
         # With it a recipe asks Ray for a GPU, and this is the GPU.
         variables.pop("RAY_JOB_CONFIG_JSON_ENV_VAR", None)
-        root = str(self._file.resolve().parents[1])
-        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [root, variables.get("PYTHONPATH")]))
+        variables["PYTHONPATH"] = python_path(self._file.resolve().parents[1], variables)
         handle, log = tempfile.mkstemp(prefix="qvl-job-", suffix=".log")
         os.close(handle)
         command = [sys.executable, "-m", "ray_jobs.keeper", log, sys.executable, str(self._file), *words]

@@ -6,7 +6,6 @@ whose flags also stand on the sweep's command line.
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -17,10 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qvl.errors import Terminated, UserError
-from qvl.mlflow_store import first_line
+from qvl.errors import Terminated, UserError, first_line
 from ray_jobs.axes import Axis, example_of
-from ray_jobs.environment import travelling_variables
+from ray_jobs.environment import code_for_workers, has_travelled, travelling_variables
 from ray_jobs.storage import note_sweep, storage_address, sweep_folder
 
 if TYPE_CHECKING:
@@ -116,7 +114,7 @@ def run_sweep(sweep: Sweep, name: str, argv: Sequence[str]) -> bool:
     require_reachable_by_all(store, _machines())
     environment["MLFLOW_TRACKING_URI"] = store.uri
     record = _open_record(sweep, store, folder_name, options, words, left.get("parent_id"))
-    folder = None if _travels() else str(Path.cwd())
+    folder = None if has_travelled() else str(Path.cwd())
     recipe = Path(sweep.recipe).stem
     plan = Plan(sweep.recipe, recipe, tuple(words), folder, record.run_id, options.scheduler == "pbt")
     if not left:
@@ -199,17 +197,10 @@ def _connect(storage: str) -> dict[str, str]:
     logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
     # A resumed sweep has trials that have not begun, each of which is warned of.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    code = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}}
-    ray.init(log_to_driver=False, logging_level="WARNING", runtime_env=None if _travels() else code)
-    if _travels() and "://" not in storage and len(_machines()) > 1:
+    ray.init(log_to_driver=False, logging_level="WARNING", runtime_env=code_for_workers(ROOT))
+    if has_travelled() and "://" not in storage and len(_machines()) > 1:
         print(f"Trials run on several machines: {storage} has to be a folder that all of them share, such as NFS.")
     return travelling_variables()
-
-
-def _travels() -> bool:
-    """Whether Ray brings this checkout to every node."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    return "working_dir" in job.get("runtime_env", {})
 
 
 def _machines() -> set[str]:

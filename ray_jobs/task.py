@@ -6,8 +6,6 @@
 of a job none). An actor with `num_gpus=1` (`--ray_num_gpus`) then runs the recipe where Ray finds a free one.
 """
 
-import json
-import os
 import runpy
 import signal
 import sys
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from qvl.errors import Terminated, UserError
 from ray_jobs.body import Body
-from ray_jobs.environment import travelling_variables
+from ray_jobs.environment import code_for_workers, has_travelled, travelling_variables
 
 if TYPE_CHECKING:
     from qvl.settings import Settings
@@ -56,9 +54,8 @@ def run_on_gpu(file: Path, words: Sequence[str]) -> int:
     num_gpus = 0 if flags.dry_run else flags.ray_num_gpus
     import ray
 
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
-    folder, travels, path = Path.cwd().resolve(), "working_dir" in job, file.resolve()
-    ray.init(log_to_driver=False, logging_level="WARNING", runtime_env=None if travels else _own_code(path, job))
+    folder, travels, path = Path.cwd().resolve(), has_travelled(), file.resolve()
+    ray.init(log_to_driver=False, logging_level="WARNING", runtime_env=code_for_workers(path.parents[1]))
     relative = str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
     body = (
         ray.remote(Body)
@@ -113,15 +110,6 @@ def checked_settings(file: Path, words: Sequence[str], overrides: dict[str, Any]
     # What precision can be trained in depends on the GPU, which this machine may not have.
     anywhere = {"bf16": False, "fp16": False}
     return parse_settings(recipe.defaults, recipe.smoke, words, {**anywhere, **(overrides or {})}, file.name)
-
-
-def _own_code(file: Path, job: dict[str, Any]) -> dict[str, Any] | None:
-    """A runtime environment by which workers of this machine find ray_jobs; on others it takes --working-dir."""
-    if "PYTHONPATH" in job.get("env_vars", {}):
-        return None
-    return {
-        "env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [str(file.parents[1]), os.environ.get("PYTHONPATH")]))}
-    }
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

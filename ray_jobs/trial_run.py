@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qvl.errors import Terminated, UserError
+from qvl.errors import Terminated, UserError, first_line
 from qvl.kept_base import KeptBase
-from qvl.mlflow_store import first_line
 from qvl.recipe import run
 
 # What PyTorch says where it has no class of its own for it.
