@@ -36,8 +36,7 @@ def add_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
     set_seed(settings.training.seed)
     parts = trained_parts(model, settings)
     if settings.recipe.adapter is None:
-        lora = lora_config(model, settings, parts)
-        return get_peft_model(model, lora)
+        return get_peft_model(model, lora_config(model, settings, parts))
     adapted = load_adapter(model, Path(settings.recipe.adapter), is_trainable=True)
     _require_parts_in_adapter(adapted, parts, settings.recipe.adapter)
     return adapted

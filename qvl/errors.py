@@ -1,4 +1,6 @@
-"""Errors that are the user's to mend: printed as one message, without a traceback."""
+"""Errors that are the user's to mend: printed as one message, without a traceback; and how other errors are quoted."""
+
+import re
 
 
 class UserError(ValueError):
@@ -21,3 +23,8 @@ class Terminated(SystemExit):
 
     def __init__(self) -> None:
         super().__init__(143)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type's name if it has none."""
+    return re.split(r"[\r\n]", str(error).strip(), maxsplit=1)[0] or type(error).__name__

@@ -1,6 +1,5 @@
 """An adapter as a folder for others, merged or as it is, compared with what was trained before it gets its name."""
 
-import gc
 import json
 import shutil
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from qvl.data import LoadedData
 from qvl.errors import FailedCheckError, UserError
 from qvl.files import write_json_atomically, write_text_atomically
 from qvl.given_prompts import read_prompts
+from qvl.memory_use import give_back_unused
 from qvl.model_card import Exported, model_card
 from qvl.parity import NUM_PROMPTS, NUM_TOKENS, Said, check_parity, describe_difference, listen
 from qvl.settings import parse_settings
@@ -83,7 +83,7 @@ def _write_merged(adapter: Path, folder: Path, prompts: list[dict[str, Any]]) ->
     trained = read_trained_with(adapter) or {}
     is_quantized = bool(trained.get("load_in_4bit") or trained.get("load_in_8bit"))
     as_trained = _ask(load_trained(adapter, False, _GREEDY), prompts) if is_quantized else None
-    _free_memory()
+    give_back_unused()
     whole = load_trained(adapter, False, {**_GREEDY, **_IN_FULL})
     _require_mergeable(whole)
     print(f"Merging in {whole.name} ...", flush=True)
@@ -96,7 +96,7 @@ def _write_merged(adapter: Path, folder: Path, prompts: list[dict[str, Any]]) ->
     sees_images = whole.sees_images
     _save_merged(whole, folder, trained)
     del whole
-    _free_memory()
+    give_back_unused()
     again = listen(load_trained(folder, False, _GREEDY), prompts, said.answers)
     return check_parity(said, again, MOST_MERGE_NATS_16_BIT), notes, sees_images
 
@@ -109,7 +109,7 @@ def _write_adapter(adapter: Path, folder: Path, prompts: list[dict[str, Any]]) -
     shutil.copytree(adapter, folder, ignore=shutil.ignore_patterns(*_NOT_COPIED))
     first.processing_class.save_pretrained(folder)
     del first
-    _free_memory()
+    give_back_unused()
     again = listen(load_trained(folder, False, _GREEDY), prompts, said.answers)
     return check_parity(said, again, most_nats=0.0, most_tie_nats=0.0), notes, sees_images
 
@@ -156,12 +156,6 @@ def _ask(partner: TrainedModel, prompts: list[dict[str, Any]]) -> Said:
     if not partner.sees_images and any(prompt["images"] for prompt in prompts):
         raise UserError("The prompts show images and this model takes text only: name others with --prompts.")
     return listen(partner, prompts)
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _data_of_run(adapter: Path, own: Mapping[str, Any]) -> LoadedData:

@@ -193,7 +193,12 @@ def _agreed_batch_size(base: PreTrainedModel, decoding: Decoding, most_tokens: i
     if most_tokens is None:
         return size
     share = 1 if decoding.batch_size else num_processes()
-    num_batches = math.ceil(num_prompts / size / share) * share
+    return evenly_filled(num_prompts, size, share)
+
+
+def evenly_filled(num_prompts: int, most: int, num_shares: int = 1) -> int:
+    """Prompts at a time, at most so many, where all batches are nearly as full and each share has as many of them."""
+    num_batches = math.ceil(num_prompts / most / num_shares) * num_shares
     return math.ceil(num_prompts / num_batches)
 
 

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qvl.compiled_layers import plain_layers
 
 # SDPA's masked kernel wants rows of a multiple of 8 elements, or it copies the mask.
-_CACHE_MULTIPLE_TOKENS = 16
+CACHE_MULTIPLE_TOKENS = 16
 
 
 class GraphedDecoding:
@@ -34,7 +34,7 @@ class GraphedDecoding:
     """
 
     def __init__(self, max_cache_tokens: int) -> None:
-        self.max_cache_tokens = -(-max_cache_tokens // _CACHE_MULTIPLE_TOKENS) * _CACHE_MULTIPLE_TOKENS
+        self.max_cache_tokens = -(-max_cache_tokens // CACHE_MULTIPLE_TOKENS) * CACHE_MULTIPLE_TOKENS
         self._cache: StaticCache | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: dict[str, torch.Tensor] = {}

@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from qvl.errors import HubError, UserError
+from qvl.errors import HubError, UserError, first_line
 from qvl.redaction import redact_known_secrets
 
 
@@ -31,7 +31,9 @@ def require_hub(repo_id: str) -> None:
     except LocalTokenNotFoundError as error:
         raise HubError("--push_to_hub: you are not logged in. `hf auth login`, or set HF_TOKEN.") from error
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        raise HubError(f"--push_to_hub: the hub does not let you in: {_first_line(error)}") from error
+        raise HubError(
+            f"--push_to_hub: the hub does not let you in: {redact_known_secrets(first_line(error))}"
+        ) from error
 
 
 def push(folder: Path, repo_id: str) -> str:
@@ -49,11 +51,7 @@ def push(folder: Path, repo_id: str) -> str:
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Exported by qvl")
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
         raise HubError(
-            f"{folder} is complete, but was not uploaded to {repo_id}: {_first_line(error)} "
+            f"{folder} is complete, but was not uploaded to {repo_id}: {redact_known_secrets(first_line(error))} "
             f"Try again with `hf upload {repo_id} {folder}`."
         ) from error
     return str(url)
-
-
-def _first_line(error: Exception) -> str:
-    return redact_known_secrets((str(error).strip() or type(error).__name__).splitlines()[0])

@@ -10,7 +10,7 @@ from typing import BinaryIO, cast
 
 from PIL import Image
 
-from qvl.errors import UserError
+from qvl.errors import UserError, first_line
 
 MAX_PIXELS = 178_956_970
 """Pillow's own limit against decompression bombs (twice its `MAX_IMAGE_PIXELS`)."""
@@ -122,7 +122,7 @@ def _open(file: BinaryIO) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise ImageError(f"is no image that Pillow can read ({_looks_like(file)}): replace it") from error
     except Exception as error:  # Pillow's plugins raise SyntaxError, struct.error, TypeError... on bad headers
-        raise ImageError(f"has a corrupt header ({_first_line(error)}): replace it") from error
+        raise ImageError(f"has a corrupt header ({first_line(error)}): replace it") from error
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(_TOO_LARGE)
     return image
@@ -132,11 +132,7 @@ def _load(image: Image.Image) -> None:
     try:
         image.load()
     except Exception as error:  # as in _open: any kind, depending on the format
-        raise ImageError(f"is truncated or corrupt ({_first_line(error)}): copy or download it again") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise ImageError(f"is truncated or corrupt ({first_line(error)}): copy or download it again") from error
 
 
 def _looks_like(file: BinaryIO) -> str:

@@ -5,7 +5,6 @@ finished, was stopped, ran out of memory), the next one gets it as it was loaded
 no adapter, no gradients.
 """
 
-import gc
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 
 from qvl import models
 from qvl.features import FeatureTable
+from qvl.memory_use import give_back_unused
 from qvl.settings import Settings
 
 # Flags of ours that decide what the base is or how its images are processed; upstream's are told by `ModelConfig`.
@@ -60,10 +60,7 @@ class KeptBase:
         """Takes off what a run has left on the base and gives its memory back; to be called after each run."""
         if self._model is not None and self._as_loaded is not None:
             self._as_loaded.restore(self._model)
-        # A trainer and its model hold each other, and an exception holds them both.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back_unused()
 
     def free(self) -> None:
         """Lets the base go."""

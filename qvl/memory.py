@@ -4,7 +4,6 @@ Predicted is what PyTorch allocates (`torch.cuda.max_memory_allocated`); `tests/
 measured runs. Beside it a card needs room for the CUDA context and for what the allocator holds back.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from transformers import PretrainedConfig
 from qvl.data import LoadedData
 from qvl.encode import ProcessingClass
 from qvl.errors import UserError
-from qvl.generate import prompts_at_a_time
+from qvl.generate import evenly_filled, prompts_at_a_time
 from qvl.memory_needs import Needs, answering_parts, held_out_parts, training_parts
 from qvl.memory_remedies import Remedy, largest_batch_size, remedies
 from qvl.memory_settings import find_needs, longest_rows, rows_as_long_as_allowed
@@ -141,8 +140,7 @@ class MemoryPlan:
         if self.card is None:
             return min(needs.eval_batch_size, num_prompts)
         free = self.card.free_bytes - needs.weight_bytes - needs.trained.weight_bytes
-        size = prompts_at_a_time(free, needs.bytes_per_prompt)
-        return math.ceil(num_prompts / math.ceil(num_prompts / size))
+        return evenly_filled(num_prompts, prompts_at_a_time(free, needs.bytes_per_prompt))
 
 
 def plan_memory(

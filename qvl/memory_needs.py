@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 
 from qvl import activations
 from qvl.activations import DecoderShape, Format, Mode, TowerShape
+from qvl.graphed_decoding import CACHE_MULTIPLE_TOKENS
 from qvl.memory_weights import Packing, TrainedCounts, WeightPart
 
 # Of cuBLAS, on GPUs of compute capability 9.0; a quarter of it below.
 _WORKSPACE_BYTES = 32 * 2**20
 _PIXEL_BYTES_TRAINING = 4
-_CACHE_MULTIPLE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def answering_parts(needs: Needs, batch_size: int, has_adapter: bool = True) -> 
     c, shape, rows = needs.base_bytes, needs.shape, needs.rows
     form = Format(c, has_autocast=False)
     visual = batch_size * rows.prompt_visual
-    cached = -(-(rows.prompt + needs.max_new_tokens) // _CACHE_MULTIPLE_TOKENS) * _CACHE_MULTIPLE_TOKENS
+    cached = -(-(rows.prompt + needs.max_new_tokens) // CACHE_MULTIPLE_TOKENS) * CACHE_MULTIPLE_TOKENS
     reading = batch_size * rows.prompt * activations.reading_bytes(shape, c, has_adapter)
     reading += visual * _feature_bytes(needs, c)
     return {

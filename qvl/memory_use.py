@@ -1,5 +1,6 @@
-"""How much memory a run has used at most."""
+"""How much memory a run has used at most, and giving back what it no longer needs."""
 
+import gc
 import resource
 import sys
 
@@ -19,3 +20,10 @@ def peak_gib() -> float:
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def give_back_unused() -> None:
+    """Lets go of what only cycles hold (a trainer and its model hold each other) and of spare blocks on the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

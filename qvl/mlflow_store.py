@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from qvl.errors import UserError
+from qvl.errors import UserError, first_line
 from qvl.redaction import redact, redact_known_secrets
 
 if TYPE_CHECKING:
@@ -170,11 +170,6 @@ def upload_timeout() -> Iterator[None]:
         yield
     finally:
         os.environ[_TIMEOUT_VARIABLE] = _REQUEST_TIMEOUT_SECONDS
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of the error's text, or its type's name if it has none."""
-    return re.split(r"[\r\n]", str(error).strip(), maxsplit=1)[0] or type(error).__name__
 
 
 def _set_environment() -> None:

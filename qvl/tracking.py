@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvl.errors import Terminated, UserError
-from qvl.mlflow_store import Store, first_line, upload_timeout
+from qvl.errors import Terminated, UserError, first_line
+from qvl.mlflow_store import Store, upload_timeout
 from qvl.processes import is_main
 from qvl.provenance import provenance_tags
 from qvl.redaction import redact, redact_known_secrets
