@@ -1,13 +1,10 @@
-"""TRL's SFTTrainer with qvl's collator, honest throughput numbers, and the callbacks a long run needs."""
+"""TRL's SFTTrainer with qvl's collator and honest throughput numbers."""
 
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,14 +15,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
-from transformers import (
-    EarlyStoppingCallback,
-    ProcessorMixin,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, ProcessorMixin
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
@@ -37,16 +27,13 @@ from qvl.features import encoder_inputs
 from qvl.frozen_vision import ask_no_gradient_of_vision
 from qvl.held_out import means, token_sums
 from qvl.memory_use import peak_gib, reset_peak
-from qvl.processes import anywhere, gathered, num_processes
+from qvl.processes import gathered, num_processes
 from qvl.segment_attention import block_mask
 from qvl.sharding import Sharding, sharding
 from qvl.shared_prefix import SharedPrefixCollator
 from qvl.trained_parts import TrainedPart, optimizer_groups, round_to_base, rounded_to_base
+from qvl.trainer_callbacks import DivergenceWatchdog, Log, LogCallback, SaveOnTermination
 
-# A loss scaler starts at 65,536 and halves at every overflow; below 1 it scales gradients down, into fp16's underflow.
-_SMALLEST_LOSS_SCALE = 1.0
-
-Log = Callable[[dict[str, float], int], None]
 # From a step to scores of answers that the model gives there.
 ScoreAnswers = Callable[[int], dict[str, float]]
 
@@ -169,117 +156,6 @@ class CompletionTrainer(SFTTrainer):
 def _pop_num_answers(batch: dict[str, Any]) -> int:
     """Answers in a batch: a row each, unless its collator says otherwise."""
     return int(batch.pop("num_answers", len(batch["input_ids"])))
-
-
-class LogCallback(TrainerCallback):
-    """Hands every training log to a function, rounded to nothing, at its step."""
-
-    def __init__(self, log: Log) -> None:
-        self.sink = log
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Passes on the numbers of the main process."""
-        if logs and state.is_world_process_zero:
-            self.sink({key: value for key, value in logs.items() if isinstance(value, int | float)}, state.global_step)
-
-
-class DivergenceWatchdog(TrainerCallback):
-    """Stops a run whose loss is no number, or whose fp16 loss scaler has collapsed, and names the step.
-
-    Trainer skips such steps (fp16) or replaces the logged loss (`logging_nan_inf_filter`): a dead run looks alive.
-    """
-
-    def __init__(self, model: nn.Module, loss_scale: Callable[[], float | None]) -> None:
-        self.loss_scale = loss_scale
-        self.not_finite: torch.Tensor | None = None
-        self._of_step_before: torch.Tensor | None = None
-        self._arrived: torch.cuda.Event | None = None
-        self.hook = model.register_forward_hook(self._look)
-
-    def _look(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        log_probs = outputs.log_probs if "log_probs" in outputs else outputs.get("loss")
-        if module.training and log_probs is not None:
-            bad = ~torch.isfinite(log_probs.detach()).all()
-            self.not_finite = bad if self.not_finite is None else self.not_finite | bad
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Looks at the step before, whose answer has come meanwhile, and at this one where the trainer waits anyway.
-
-        To ask a GPU about this step at every step would keep it idle until the next batch is there.
-
-        Raises:
-            UserError: the run has diverged.
-        """
-        if self.not_finite is not None:
-            if self._arrived is not None:
-                self._arrived.synchronize()
-            if self._of_step_before is not None:
-                _require_finite(self._of_step_before, state.global_step - 1)
-            if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
-                _require_finite(self.not_finite, state.global_step)
-            self._of_step_before = self.not_finite.to("cpu", non_blocking=True)
-            if self.not_finite.is_cuda:
-                self._arrived = torch.cuda.Event()
-                self._arrived.record()
-        scale = self.loss_scale()
-        if scale is not None and scale < _SMALLEST_LOSS_SCALE:
-            raise UserError(
-                f"Step {state.global_step}: the fp16 loss scale has collapsed to {scale:g}, gradients overflow at "
-                "every step. Lower --learning_rate, or use --dtype float32 or a GPU with bf16."
-            )
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Takes its hook off the model, which goes on to be evaluated."""
-        self.hook.remove()
-
-
-def _require_finite(not_finite: torch.Tensor, step: int) -> None:
-    if bool(not_finite):
-        raise UserError(
-            f"Step {step}: the loss is not a number. Lower --learning_rate or --max_grad_norm; in "
-            "fp16 also try --dtype float32, or bf16 on a GPU that has it (compute capability 8.0)."
-        )
-
-
-class SaveOnTermination(TrainerCallback):
-    """SIGTERM during training: finish the step, save a checkpoint, stop. `requested` then tells."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Takes the signal over for the time of the training; trials of a sweep run in a thread, which gets none."""
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._request)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Asks for a checkpoint and the end; of several processes all at the same step, whichever had the signal."""
-        self.requested = anywhere(self.requested, args.device)
-        if self.requested:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Gives the signal back."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
 
 
 @dataclass(frozen=True)

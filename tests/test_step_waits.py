@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 from qvl.adapters import add_adapter
 from qvl.bench_cases import Case, open_run, prepare
 from qvl.train_stage import trainer_arguments
-from qvl.trainer import DivergenceWatchdog, build_trainer
+from qvl.trainer import build_trainer
+from qvl.trainer_callbacks import DivergenceWatchdog
 from qvl.training_form import training_form
 from qvl.training_rows import packed_if_wanted, prepare_training_rows
 from recipes.qwen_chat import RECIPE
@@ -69,7 +70,7 @@ def test_a_step_without_a_log_asks_nothing_but_what_upstream_counts(tmp_path: Pa
         file: count for file, count in watch.questions.found.items() if "site-packages" not in file and "/qvl/" in file
     }
     # The watchdog reads what a copy has brought to the host while the step ran.
-    assert {Path(file).name: count for file, count in ours.items()} == {"trainer.py": 1}
+    assert {Path(file).name: count for file, count in ours.items()} == {"trainer_callbacks.py": 1}
     # Entropy, accuracy (each a number and whether there are tokens at all) and the count of tokens.
     assert watch.questions.found["trl/trainer/sft_trainer.py"] == 5
     assert sum(watch.questions.found.values()) == 6, watch.questions.found

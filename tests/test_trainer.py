@@ -15,7 +15,8 @@ from qvl.errors import UserError
 from qvl.files import read_jsonl
 from qvl.recipe import run
 from qvl.train_stage import trainer_arguments
-from qvl.trainer import DivergenceWatchdog, SaveOnTermination, build_trainer
+from qvl.trainer import build_trainer
+from qvl.trainer_callbacks import DivergenceWatchdog, SaveOnTermination
 from qvl.training_rows import prepare_training_rows
 from recipes.flickr8k import RECIPE
 
