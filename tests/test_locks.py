@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import distributions
@@ -61,10 +62,12 @@ def test_a_lock_satisfies_pyproject(project: Path, name: str) -> None:
 
 @functools.cache
 def installed() -> dict[str, tuple[str, list[str]]]:
-    """Version and requirements of everything installed here, by canonical name."""
-    return {
-        canonicalize_name(item.name): (item.version.partition("+")[0], item.requires or []) for item in distributions()
-    }
+    """Version and requirements of everything installed here, by canonical name.
+
+    Of this environment's folder, not of `sys.path`: Ray puts packages of its own there when it is imported.
+    """
+    found = distributions(path=[sysconfig.get_path("purelib")])
+    return {canonicalize_name(item.name): (item.version.partition("+")[0], item.requires or []) for item in found}
 
 
 def needed_by(package: str, extras: set[str]) -> Iterator[Requirement]:
