@@ -108,3 +108,10 @@ def test_importing_a_recipe_or_a_sweep_starts_nothing(project: Path, folder: str
             [sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=project, check=False
         )
         assert finished.returncode == 0, f"{path.name}: {finished.stderr}"
+
+
+def test_a_file_of_tests_stays_in_one_process(request: pytest.FixtureRequest) -> None:
+    """Versions of pytest and pytest-xdist that do not fit drop the groups of tests/conftest.py without a word."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("not under `pytest --dist loadgroup`, as `make test` runs it")
+    assert request.node.nodeid.endswith("@test_architecture")
