@@ -14,6 +14,10 @@ class HubError(UserError):
     """A hub, or its local cache, does not give what was asked for; a dry run goes on without it."""
 
 
+class StoreError(UserError):
+    """The MLflow store cannot be read or written; the same run may go well when it answers again."""
+
+
 class FailedCheckError(UserError):
     """An invariant does not hold, so a result cannot be trusted; the process exits with 1."""
 

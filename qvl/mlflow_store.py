@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from qvl.errors import UserError, first_line
+from qvl.errors import StoreError, UserError, first_line
 from qvl.redaction import redact, redact_known_secrets
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Store:
             default_folder: folder of the SQLite store that is used without MLFLOW_TRACKING_URI.
 
         Raises:
-            UserError: the store cannot be read, or its server does not answer within about 20 seconds.
+            StoreError: the store cannot be read, or its server does not answer within about 20 seconds.
         """
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{default_folder.absolute() / 'mlflow.db'}"
         is_sqlite = self.uri.startswith("sqlite:///")
@@ -74,15 +74,15 @@ class Store:
         with FileLock(self.folder / ".mlflow.lock"):
             yield
 
-    def unusable(self, error: Exception) -> UserError:
+    def unusable(self, error: Exception) -> StoreError:
         """Says in one line that this store cannot be used, and why."""
         uri, reason = redact_known_secrets(self.uri), redact(_reason(error))
         if os.environ.get("MLFLOW_TRACKING_URI"):
-            return UserError(
+            return StoreError(
                 f"the MLflow store at MLFLOW_TRACKING_URI={uri} cannot be used: {reason}. Start or correct it, or "
                 "unset MLFLOW_TRACKING_URI to record into a local SQLite file."
             )
-        return UserError(f"the MLflow store {uri} cannot be used: {reason}.")
+        return StoreError(f"the MLflow store {uri} cannot be used: {reason}.")
 
     def run_url(self, run: "Run") -> str | None:
         """Address of the run's page on a tracking server, None without one."""
@@ -90,6 +90,10 @@ class Store:
             return None
         page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
         return redact_known_secrets(f"{self.uri.rstrip('/')}/{page}")
+
+    def where_to_look(self, run: "Run") -> str:
+        """The page of a run where there is a server, else the command that shows the store in MLflow's UI."""
+        return self.run_url(run) or self.ui_command()
 
     def ui_command(self) -> str:
         """The command that shows a store without a server in MLflow's UI."""

@@ -55,7 +55,7 @@ class RunRecord:
         self._has_warned = False
         self.run_id: str = run.info.run_id
         self.run_url: str | None = store.run_url(run)
-        self.ui_command: str = self.run_url or store.ui_command()
+        self.ui_command: str = store.where_to_look(run)
 
     def log_metrics(self, metrics: Mapping[str, float | None], step: int | None = None) -> None:
         """Logs numbers; None is dropped, NaN and infinities are logged as MLflow shows them.
@@ -207,7 +207,7 @@ def open_run(
     Of several processes the main one alone has a run; the others get a record that keeps nothing.
 
     Raises:
-        UserError: the store or server cannot be used; raised before anything is yielded.
+        StoreError: the store or server cannot be used; raised before anything is yielded.
     """
     if not is_main():
         yield _Unrecorded()

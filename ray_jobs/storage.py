@@ -1,6 +1,7 @@
 """Where a sweep lies, on a disk or in a bucket, and what its driver notes there for a later one."""
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from qvl.errors import UserError
 
 _SWEEP_FILE = "sweep.json"
+_STATE_FILE = re.compile(r"experiment_state-.*\.json")
 
 
 def storage_address(path: str) -> str:
@@ -42,7 +44,7 @@ def sweep_folder(storage: str, name: str, resume: str | None) -> tuple[str, dict
         resume: None for a new sweep, "newest", or the name of a folder.
 
     Raises:
-        UserError: there is nothing to resume.
+        UserError: there is nothing to resume, or what Ray kept of it cannot be read.
     """
     if resume is None:
         return f"{name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}", {}
@@ -55,9 +57,30 @@ def sweep_folder(storage: str, name: str, resume: str | None) -> tuple[str, dict
         raise UserError(f"--resume {resume}: {storage} holds {', '.join(found) or 'no sweep'}.")
     try:
         with files.open_input_stream(f"{root}/{wanted[-1]}/{_SWEEP_FILE}") as file:
-            return wanted[-1], json.loads(file.read())
+            noted = json.loads(file.read())
     except FileNotFoundError as error:
-        raise UserError(f"{storage}/{wanted[-1]} has no {_SWEEP_FILE}: start the sweep anew.") from error
+        raise UserError(f"{storage}/{wanted[-1]} has no {_SWEEP_FILE}: start the sweep again.") from error
+    _require_state(files, f"{root}/{wanted[-1]}", noted["parent_id"])
+    return wanted[-1], noted
+
+
+def _require_state(files: Any, folder: str, parent_id: str) -> None:
+    """Stops a resumption for which Ray would know of no trials: it would begin one without any axis."""
+    from pyarrow.fs import FileSelector
+
+    names = [info.base_name for info in files.get_file_info(FileSelector(folder))]
+    newest = max((name for name in names if _STATE_FILE.fullmatch(name)), default=None)
+    try:
+        if newest is None:
+            raise FileNotFoundError("it is missing")
+        with files.open_input_stream(f"{folder}/{newest}") as file:
+            json.loads(file.read())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder}: Ray's record of the trials cannot be read ({error}). Either the sweep ended before one was "
+            f"written, or the disk was full. What has finished is below MLflow's run {parent_id}, adapters too; start "
+            "the sweep again for the rest."
+        ) from error
 
 
 def note_sweep(storage: str, folder: str, content: Mapping[str, Any]) -> None:

@@ -6,8 +6,8 @@ whose flags also stand on the sweep's command line.
 
 import argparse
 import contextlib
-import logging
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from ray_jobs.environment import code_for_workers, has_travelled, travelling_var
 from ray_jobs.storage import note_sweep, storage_address, sweep_folder
 
 if TYPE_CHECKING:
-    from ray.tune import ResultGrid, Tuner
+    from ray.tune import Tuner
 
     from qvl.mlflow_store import Store
     from ray_jobs.outcome import Outcome
@@ -119,11 +119,11 @@ def run_sweep(sweep: Sweep, name: str, argv: Sequence[str]) -> bool:
     plan = Plan(sweep.recipe, recipe, tuple(words), folder, record.run_id, options.scheduler == "pbt")
     if not left:
         note_sweep(storage, folder_name, {"words": words, "scheduler": options.scheduler, "parent_id": record.run_id})
-    print(f"Sweep {folder_name} in {storage}; MLflow run {record.run_id}: {store.ui_command()}", flush=True)
+    print(f"Sweep {folder_name} in {storage}; MLflow: {record.where_to_look}", flush=True)
     signal.signal(signal.SIGTERM, _terminate)
     try:
         tuner = _tuner(sweep, options, axes, plan, environment, settings, storage, folder_name, bool(left))
-        trials = _outcomes(tuner.fit(), sweep)
+        trials = _run_trials(tuner, sweep, storage)
         best = next((trial for trial in trials if trial.score is not None), None)
         _settle(record, trials, sweep.metric)
         if best is not None:
@@ -135,7 +135,7 @@ def run_sweep(sweep: Sweep, name: str, argv: Sequence[str]) -> bool:
         raise
     with contextlib.suppress(Exception):  # said by _settle already
         record.end("FINISHED" if best is not None else "FAILED")
-    _print_outcome(sweep, trials, best, store)
+    _print_outcome(sweep, trials, best, record.where_to_look)
     return best is not None
 
 
@@ -193,10 +193,9 @@ def _connect(storage: str) -> dict[str, str]:
     os.environ |= {name: value for name, value in _QUIET.items() if name not in os.environ}
     import ray
 
-    # A traceback of Ray's own for each lost process; the narrator has a line for it.
-    logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
-    # A resumed sweep has trials that have not begun, each of which is warned of.
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    from ray_jobs.narrator import shorten_ray
+
+    shorten_ray()
     ray.init(log_to_driver=False, logging_level="WARNING", runtime_env=code_for_workers(ROOT))
     if has_travelled() and "://" not in storage and len(_machines()) > 1:
         print(f"Trials run on several machines: {storage} has to be a folder that all of them share, such as NFS.")
@@ -277,9 +276,21 @@ def _tuner(
     )
 
 
-def _outcomes(grid: "ResultGrid", sweep: Sweep) -> list["Outcome"]:
+def _run_trials(tuner: "Tuner", sweep: Sweep, storage: str) -> list["Outcome"]:
+    """Runs all trials to their end.
+
+    Raises:
+        UserError: the storage took no more of what Ray keeps there, and now it cannot read it back.
+    """
     from ray_jobs.outcome import outcomes
 
+    try:
+        grid = tuner.fit()
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"Ray's record of the trials in {storage} cannot be read ({type(error).__name__}: {first_line(error)}): is "
+            "the disk full? Finished trials are kept there and in MLflow. Make room; --resume then says what is left."
+        ) from error
     return outcomes(grid, sweep.metric, sweep.mode)
 
 
@@ -312,14 +323,14 @@ def _report_winner(
         print(f"The report of the best trial failed ({last}); its adapter lies in {best.result.path}.", flush=True)
 
 
-def _print_outcome(sweep: Sweep, trials: Sequence["Outcome"], best: "Outcome | None", store: "Store") -> None:
+def _print_outcome(sweep: Sweep, trials: Sequence["Outcome"], best: "Outcome | None", where_to_look: str) -> None:
     from ray_jobs.outcome import table_lines
 
     print("\n" + "\n".join(table_lines(trials, sweep.metric)))
     if best is not None and best.result is not None:
         print(f"\nBest trial:  {best.trial_id}, {sweep.metric} {best.score:.4f}")
         print(f"Adapter:     {best.result.checkpoint.path}/adapter")
-    print(f"MLflow UI:   {store.ui_command()}")
+    print(f"MLflow UI:   {where_to_look}")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

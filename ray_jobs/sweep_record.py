@@ -23,6 +23,7 @@ class SweepRecord:
     Attributes:
         run_id: MLflow's id of it.
         store: where it is.
+        where_to_look: its page, or the command that shows it.
     """
 
     def __init__(self, store: Store, recipe: str, name: str, run_id: str | None, params: Mapping[str, Any]) -> None:
@@ -43,10 +44,11 @@ class SweepRecord:
             run = store.client.create_run(self._experiment_id, run_name=name, tags=redact(tags))
             for key, value in redact({key: str(value) for key, value in params.items()}).items():
                 store.client.log_param(run.info.run_id, key, value)
-            run_id = str(run.info.run_id)
         else:
             store.client.update_run(run_id, status="RUNNING")
-        self.run_id = run_id
+            run = store.client.get_run(run_id)
+        self.run_id = str(run.info.run_id)
+        self.where_to_look = store.where_to_look(run)
 
     def settle(self, trials: Sequence[Outcome], metric: str) -> None:
         """Makes the trials' runs say what became of them, sends numbers that are missing, and adds table and plot.

@@ -10,6 +10,7 @@ from typing import Any
 from ray import tune
 from ray.tune.result import DONE, SHOULD_CHECKPOINT
 
+from qvl.errors import StoreError
 from qvl.kept_base import KeptBase
 from ray_jobs.children import as_recorded, find_or_make_child, open_store, use_child, with_patience
 from ray_jobs.learning_rate import set_learning_rate
@@ -72,9 +73,15 @@ class RecipeTrial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """Trains up to the next report."""
+        """Trains up to the next report.
+
+        Raises:
+            StoreError: MLflow does not answer; Ray takes the trial up again, `--max_failures` times.
+        """
         report = self._already_finished() if not self._is_prepared else None
         report = report or self._run.next_report()
+        if report.may_go_well_again:
+            raise StoreError(report.failure)
         return {
             **report.numbers,
             "failure": report.failure,

@@ -3,6 +3,7 @@
 import contextlib
 import queue
 import runpy
+import textwrap
 import threading
 import time
 import traceback
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qvl.errors import Terminated, UserError, first_line
+from qvl.errors import StoreError, Terminated, UserError, first_line
 from qvl.kept_base import KeptBase
 from qvl.recipe import run
 
+_MAX_REASON_CHARACTERS = 400
 # What PyTorch says where it has no class of its own for it.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -31,12 +33,14 @@ class Report:
         has_checkpoint: the run folder holds a checkpoint of this very step.
         is_last: the run has ended.
         failure: why it failed, in one line; empty if it did not.
+        may_go_well_again: what failed lies outside of the trial.
     """
 
     numbers: dict[str, float] = field(default_factory=dict)
     has_checkpoint: bool = False
     is_last: bool = False
     failure: str = ""
+    may_go_well_again: bool = False
 
 
 class Stopped(Terminated):
@@ -114,7 +118,7 @@ class TrialRun:
             numbers = run(recipe, self._overrides, self._words, self._kept, [_Reporter(self)])
         except BaseException as error:
             traceback.print_exc()
-            return Report(is_last=True, failure=_reason(error))
+            return Report(is_last=True, failure=_reason(error), may_go_well_again=isinstance(error, StoreError))
         return Report(numbers, is_last=True)
 
 
@@ -159,10 +163,13 @@ class _Reporter(TrainerCallback):
 
 
 def _reason(error: BaseException) -> str:
+    """In one line: of what the user can mend all of it, of anything else the beginning."""
+    if isinstance(error, UserError):
+        return textwrap.shorten(str(error), _MAX_REASON_CHARACTERS, placeholder=" ...")
     text = first_line(error)
     is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
         words in str(error).lower() for words in _OUT_OF_MEMORY
     )
     if is_memory:
         return f"out of memory: {text}"
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {text}"

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +23,11 @@ from ray.cluster_utils import Cluster
 
 from qvl.errors import UserError
 from qvl.mlflow_store import Store
+from qvl.scenes import write_scenes
 from ray_jobs.axes import Range, example_of
 from ray_jobs.children import TRIAL_TAG, children, find_or_make_child, require_reachable_by_all, with_patience
 from ray_jobs.search import axes_for
+from ray_jobs.storage import note_sweep, sweep_folder
 from ray_jobs.sweep import Sweep, _parse, run_sweep
 from ray_jobs.task import checked_settings
 
@@ -35,6 +38,8 @@ TINY = (
     "--per_device_train_batch_size 4 --max_new_tokens 6 --scores rouge_l bleu4"
 ).split()
 PATIENCE_SECONDS = 600
+# Room for the record of a small sweep and a small adapter, not for an adapter of rank 400.
+SMALL_DISK = "3m"
 
 
 def node(num_cpus: int) -> dict[str, Any]:
@@ -243,6 +248,52 @@ def test_eight_trials_survive_a_lost_node_a_lost_driver_and_one_that_does_not_fi
     assert sum(parameter.abs().sum().item() for name, parameter in adapted.named_parameters() if "lora_B" in name) > 0
     adapted.unload()
     assert torch.is_tensor(next(adapted.parameters()))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a few MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "tmpfs", str(folder)]
+    if subprocess.run(words, check=False, capture_output=True).returncode:
+        pytest.skip("no right to mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_bad_row_and_a_full_disk_take_nothing_from_finished_trials(
+    in_cluster: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = write_scenes(in_cluster / "good", 16, 3, seed=1)
+    bad = Path(shutil.copytree(good, in_cluster / "bad"))
+    rows = bad / "captions.jsonl"
+    rows.write_text('{"image": "images/00001.png", "split": "train"}\n' + rows.read_text())
+    # A whole lot of LoRA: what a trial saves has no room.
+    axes = {"lora_r": [2, 400], "dataset_name": [str(bad), str(good)]}
+    sweep = Sweep("recipes/flickr8k.py", axes, "finetuned_rouge_l", "max", 4, 2)
+    words = [*TINY, "--search", "grid", "--scheduler", "fifo", "--max_concurrent", "1", "--max_failures", "0"]
+    with pytest.raises(UserError, match="is the disk full"):
+        run_sweep(sweep, "full", [*words, "--storage_path", str(small_disk)])
+    screen = capsys.readouterr().out
+    assert screen.count("failed: ") == screen.count("captions.jsonl:1: ") == 2, screen
+    assert screen.count("No space left on device") == 1, screen
+    _, before = runs_of(in_cluster)
+    (finished,) = [run for run in before if run.info.status == "FINISHED"]
+    assert finished.data.metrics["finetuned_rouge_l"] > 0
+    assert (adapter_on(in_cluster, finished) / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("state", [None, '{"trial_data": ['])
+def test_a_sweep_without_rays_record_is_not_resumed(state: str | None, tmp_path: Path) -> None:
+    """Ray would know of no trials, and begin one that varies nothing."""
+    note_sweep(str(tmp_path), "lost_1", {"words": [], "scheduler": "fifo", "parent_id": "0a1b"})
+    if state is not None:
+        (tmp_path / "lost_1" / "experiment_state-2026.json").write_text(state)
+    with pytest.raises(UserError, match="MLflow's run 0a1b, adapters too; start the sweep again"):
+        sweep_folder(str(tmp_path), "lost", "newest")
+    (tmp_path / "lost_1" / "experiment_state-2027.json").write_text("{}")
+    assert sweep_folder(str(tmp_path), "lost", "newest")[0] == "lost_1"
 
 
 def test_a_child_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
