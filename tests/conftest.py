@@ -21,10 +21,11 @@ _PROJECT = Path(__file__).resolve().parent.parent
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first, and all tests of a file in one process, which share what it trains.
 
-    Without it the processes of `pytest -n` would each train a file's models, and end with one of them busy alone.
+    Those of Ray, which are one group and the longest, come before all others. Without it the processes of `pytest -n`
+    would each train a file's models, and end with one of them busy alone.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path not in slow, item.get_closest_marker("xdist_group") is None))
     for item in items:
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))

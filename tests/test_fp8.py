@@ -485,17 +485,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(runs: Path) -> None:
     assert losses(folder) == pytest.approx(losses(runs / "fp8"), rel=1e-5)
 
 
-@pytest.mark.slow
-def test_the_smokes_bleu4_is_that_of_full_precision(tmp_path: Path) -> None:
-    """Measured with seeds 42, 7 and 8: 0.689, 0.698 and 0.718 in FP8, 0.691, 0.714 and 0.714 without."""
-    scores = [
-        run(RECIPE, {"smoke": True, "stages": ["train", "evaluate"], "output_dir": str(tmp_path / name), **flags})
-        for name, flags in {"plain": {}, "fp8": {"base_precision": "fp8"}}.items()
-    ]
-    assert scores[1]["finetuned_bleu4"] == pytest.approx(scores[0]["finetuned_bleu4"], abs=0.03)
-    assert scores[1] != scores[0]
-
-
 def test_the_base_itself_is_never_written(tmp_path: Path) -> None:
     """Quantizing one run's base leaves what the next one loads."""
     first = load_base(settings_for(VISION[0]), torch.device("cpu"))

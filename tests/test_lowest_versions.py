@@ -36,7 +36,8 @@ def test_the_smoke_runs_with_the_lowest_versions(
     wanted = pinned(project / "environments" / "lowest.txt")
     del wanted["huggingface_hub"], wanted["fsspec"]
     run_folder = tmp_path / "run"
-    options = f"--smoke --max_steps 3 --num_eval_examples {NUM_EVAL_EXAMPLES} --output_dir {run_folder}"
+    options = f"--smoke --max_steps 2 --per_device_train_batch_size 2 --num_train_examples 8 --output_dir {run_folder}"
+    options += f" --num_eval_examples {NUM_EVAL_EXAMPLES}"
     # The versions are asked of the process that ran the recipe, after it ran.
     code = (
         "import json, runpy, sys\n"

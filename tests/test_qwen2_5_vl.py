@@ -1,10 +1,7 @@
 """The Qwen2.5-VL recipe and the stage check, run as users run them."""
 
 import json
-import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +9,14 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from smoke import smoke_process
 
 from qvl.check_stage import free_bytes
 from qvl.errors import UserError
 from qvl.flags import DEFAULT_STAGES, STAGES
 from qvl.free_photos import PHOTOS, photo_paths
 from qvl.model_names import ASSETS
-from qvl.recipe import run
+from qvl.recipe import main, run
 from qvl.settings import parse_settings
 from recipes import flickr8k, qwen2_5_vl, qwen_chat
 
@@ -67,23 +65,11 @@ def checks_of(folder: Path) -> dict[str, dict[str, Any]]:
     return {check["name"]: check for check in json.loads((folder / "checks.json").read_text(encoding="utf-8"))}
 
 
-def process(*flags: str, recipe: str = "qwen2_5_vl") -> tuple[int, str, float]:
-    """Exit status, what was printed, and the processor time it took: others may be using the cores."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, f"recipes/{recipe}.py", "--smoke", *flags]
-    done = subprocess.run(
-        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600, check=False
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return done.returncode, done.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("is_4bit", [True, False], ids=["4bit", "fp32"])
 def test_smoke_runs_all_stages_and_checks(is_4bit: bool, tmp_path: Path) -> None:
     flags = [] if is_4bit else ["--load_in_4bit", "false"]
-    status, screen, seconds = process("--output_dir", str(tmp_path / "run"), *flags)
-    assert status == 0, screen
+    screen, seconds = smoke_process("qwen2_5_vl", "--output_dir", str(tmp_path / "run"), *flags)
     assert seconds <= SMOKE_LIMIT_SECONDS
     found = checks_of(tmp_path / "run")
     assert all(check["passed"] for check in found.values())
@@ -105,7 +91,7 @@ def test_smoke_runs_all_stages_and_checks(is_4bit: bool, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_failed_check_ends_with_1(tmp_path: Path) -> None:
+def test_a_failed_check_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A model whose merger gives zeros for every image."""
     model = tmp_path / "blind"
     shutil.copytree(ASSETS / "tiny-qwen2.5-vl", model)
@@ -113,9 +99,10 @@ def test_a_failed_check_ends_with_1(tmp_path: Path) -> None:
     for name in [name for name in weights if "merger.mlp.2" in name]:
         weights[name].zero_()
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    status, screen, _ = process("--output_dir", str(tmp_path / "run"), "--model_name_or_path", str(model))
-    assert status == 1, screen
-    assert "Traceback" not in screen
+    with pytest.raises(SystemExit) as ended:
+        main(qwen2_5_vl.RECIPE, ["--smoke", "--output_dir", str(tmp_path / "run"), "--model_name_or_path", str(model)])
+    assert ended.value.code == 1
+    screen = capsys.readouterr().out
     assert "== train ==" not in screen, "nothing is trained on what cannot be trusted"
     assert "FAIL another_image_changes_the_answer" in screen
     found = checks_of(tmp_path / "run")

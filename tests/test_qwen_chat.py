@@ -1,11 +1,11 @@
 """The chat recipe and the command that talks to its adapters, run as users run them."""
 
+import io
 import json
 import math
 import os
 import pty
 import re
-import resource
 import select
 import shlex
 import subprocess
@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from smoke import smoke_process
 from tiny import CHAT, VISION, picture, processing_class
 from transformers import TextStreamer
 
@@ -48,11 +49,6 @@ def metrics_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
 
-def chat(adapter: Path, *flags: str, said: str | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qvl.chat", "--adapter", str(adapter), *flags]
-    return subprocess.run(command, cwd=ROOT, input=said or "", text=True, capture_output=True, timeout=300, check=False)
-
-
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("outputs")
@@ -62,18 +58,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smoke(outputs: Path) -> tuple[Path, str, float]:
     """The smoke run's folder, what it printed, and the processor time it took: others may be using the cores."""
     folder = outputs / "smoke"
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [sys.executable, "recipes/qwen_chat.py", "--smoke", "--output_dir", str(folder)],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0, done.stdout
-    return folder, done.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    screen, seconds = smoke_process("qwen_chat", "--output_dir", str(folder))
+    return folder, screen, seconds
 
 
 @pytest.fixture(scope="module")
@@ -214,19 +200,34 @@ def test_answers_are_printed_word_by_word(
 @pytest.mark.slow
 @pytest.mark.parametrize(("part", "flags"), [("finetuned", []), ("baseline", ["--base_only", "--prompt", "-"])])
 def test_one_question_gets_the_answer_of_the_evaluation(
-    part: str, flags: list[str], smoke: tuple[Path, str, float], adapter: Path
+    part: str,
+    flags: list[str],
+    smoke: tuple[Path, str, float],
+    adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     rows = read_jsonl(smoke[0] / f"{part}_predictions.jsonl")
     row = next(row for row in rows if "\n" not in row["prompt"])
-    done = chat(adapter, "--prompt", row["prompt"], "--max_new_tokens", "40", *flags, said=row["prompt"] + "\n")
-    assert (done.returncode, done.stdout) == (0, row["prediction"] + "\n"), done.stderr
+    monkeypatch.setattr(sys, "stdin", io.StringIO(row["prompt"] + "\n"))
+    with pytest.raises(SystemExit) as ended:
+        main(["--adapter", str(adapter), "--prompt", row["prompt"], "--max_new_tokens", "40", *flags])
+    assert (ended.value.code, capsys.readouterr().out) == (0, row["prediction"] + "\n")
 
 
 @pytest.mark.slow
 def test_a_conversation_through_a_pipe_remembers_what_was_said(adapter: Path, tuned: TrainedModel) -> None:
     first = "A large red star is above a small blue circle on a grey background . Which shape is at the top ?"
     second = "What colour is the shape at the bottom ?"
-    done = chat(adapter, said=f"{first}\n\n{second}\n/new\n{first}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "qvl.chat", "--adapter", str(adapter)],
+        cwd=ROOT,
+        input=f"{first}\n\n{second}\n/new\n{first}\n",
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     answers = [line.strip() for line in done.stdout.splitlines()]
     history = [text_message("user", first), text_message("assistant", answers[0]), text_message("user", second)]

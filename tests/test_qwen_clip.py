@@ -1,9 +1,6 @@
 """The CLIP recipe and what comes of it, run as users run them."""
 
 import json
-import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from smoke import smoke_process
 from tiny import CPU, settings_for
 
 from qvl import scenes
@@ -58,18 +56,8 @@ def smoke(outputs: Path) -> tuple[Path, str, float]:
     """The smoke run's folder, what it printed, and the processor time it took: others may be using the cores."""
     folder = outputs / "smoke"
     flags = ["--output_dir", str(folder), "--vision_cache_dir", str(outputs / "features")]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [sys.executable, "recipes/qwen_clip.py", "--smoke", *flags],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0, done.stdout
-    return folder, done.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    screen, seconds = smoke_process("qwen_clip", *flags)
+    return folder, screen, seconds
 
 
 @pytest.mark.slow

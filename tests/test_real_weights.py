@@ -42,14 +42,14 @@ def test_a_real_chat_model_learns_the_samples_habit(project: Path, tmp_path: Pat
     flags = {
         "model_name_or_path": model,
         "load_in_4bit": "false",
-        "num_train_examples": 16,
-        "num_eval_examples": 5,
+        "num_train_examples": 10,
+        "num_eval_examples": 4,
         "num_train_epochs": 2,
-        "per_device_train_batch_size": 4,
+        "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": "false",
         "learning_rate": 2e-3,
-        "max_new_tokens": 70,
+        "max_new_tokens": 60,
         "dataloader_num_workers": 0,
         "output_dir": tmp_path / "run",
     }
@@ -76,4 +76,4 @@ def test_a_real_chat_model_learns_the_samples_habit(project: Path, tmp_path: Pat
         for part in ("baseline", "finetuned")
     }
     assert habits["baseline"] == 0
-    assert habits["finetuned"] >= 3
+    assert habits["finetuned"] >= 2

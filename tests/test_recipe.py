@@ -72,13 +72,25 @@ def finished(outputs: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("flags", "least"), [((), 0.60), (("--load_in_4bit",), 0.55)], ids=["fp32", "4bit"])
-def test_smoke_shows_a_true_gain_on_unseen_scenes(flags: tuple[str, ...], least: float, outputs: Path) -> None:
-    folder = outputs / ("smoke" + "".join(flags))
+def smoke_run(folder: Path, *flags: str) -> tuple[Path, str]:
+    """The run folder of a smoke run, and what it printed."""
     process = recipe_process("--smoke", "--output_dir", str(folder), *flags)
     screen, _ = process.communicate(timeout=600)
     assert process.returncode == 0, screen
+    return folder, screen
+
+
+@pytest.fixture(scope="module")
+def smoke(outputs: Path) -> tuple[Path, str]:
+    return smoke_run(outputs / "smoke")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "least"), [((), 0.60), (("--load_in_4bit",), 0.55)], ids=["fp32", "4bit"])
+def test_smoke_shows_a_true_gain_on_unseen_scenes(
+    flags: tuple[str, ...], least: float, outputs: Path, smoke: tuple[Path, str]
+) -> None:
+    folder, screen = smoke_run(outputs / "smoke_4bit", *flags) if flags else smoke
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["baseline"]["bleu4"] <= 0.20
     assert metrics["finetuned"]["bleu4"] >= least
@@ -91,6 +103,18 @@ def test_smoke_shows_a_true_gain_on_unseen_scenes(flags: tuple[str, ...], least:
     for promised in ("BLEU-4", str(folder), "report.html", "mlflow ui --backend-store-uri", "[["):
         assert promised in screen
     assert "Warning" not in screen
+
+
+@pytest.mark.slow
+def test_the_smokes_bleu4_in_fp8_is_that_of_full_precision(smoke: tuple[Path, str], outputs: Path) -> None:
+    folder = outputs / "smoke_fp8"
+    found = run(
+        RECIPE,
+        {"smoke": True, "stages": ["train", "evaluate"], "base_precision": "fp8", "output_dir": str(folder)},
+    )["finetuned_bleu4"]
+    plain = json.loads((smoke[0] / "metrics.json").read_text())["finetuned"]["bleu4"]
+    assert found == pytest.approx(plain, abs=0.03)
+    assert predictions(folder) != predictions(smoke[0])
 
 
 def test_the_run_record_is_complete_and_readable(finished: Path) -> None:
