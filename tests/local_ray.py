@@ -17,8 +17,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 _START_SECONDS = 120
-# Ray's workers give way to every other process unless told otherwise: beside other tests they would starve.
-QUICK = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "150"}
+# Ray's workers give way to every other process unless told otherwise: beside other tests they would starve. A token
+# that another Ray has left in the home folder would be asked for by every port.
+QUICK = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_raylet_start_wait_time_s": "150",
+    "RAY_worker_niceness": "0",
+}
 
 
 @dataclass
