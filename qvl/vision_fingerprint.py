@@ -56,8 +56,13 @@ def _version(package: str) -> str | None:
 
 
 def vision_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """What an image has passed once its features are kept: tower and merger; a projector comes behind."""
+    """What an image has passed once its features are kept: tower and merger; a projector comes behind.
+
+    Nothing of a model of text alone, which is its decoder.
+    """
     base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+    if base.get_decoder() is base.base_model:
+        return {}
     later = (base.get_decoder(), getattr(base.base_model, "multi_modal_projector", None))
     return {name: module for name, module in base.base_model.named_children() if not any(module is m for m in later)}
 
