@@ -26,11 +26,13 @@ from qvl.pretrain_loop import train_from_scratch
 IMAGE_SIDE_PX = 128
 PATCH_PX = 16
 GRID_SIDE = IMAGE_SIDE_PX // PATCH_PX
-NUM_STEPS = 900
+NUM_STEPS = 9_000
 BATCH_SIZE = 32
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-3
 # Of the texts, phrases such as "red circle" in place of a caption: what zero-shot tags are made of.
 PHRASE_SHARE = 0.25
+# Wrong captions of each image beside those of the other images: without them colours alone would do.
+NUM_NEAR_MISSES = 3
 _TEXT_VOCABULARY = 320
 _MAX_TEXT_TOKENS = 48
 _LARGEST_LOGIT_SCALE = 100.0  # as CLIP was trained
@@ -80,11 +82,11 @@ def reading_turns(scene: scenes.Scene, rng: random.Random, prompts: tuple[str, .
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A scene, a text that is true of it, and a caption of a scene that differs in one word."""
+    """A scene, a text that is true of it, and captions of scenes that differ in one word."""
 
     scene: scenes.Scene
     text: str
-    wrong_text: str
+    wrong_texts: tuple[str, ...]
     phrase: tuple[str, ...]  # words of one thing that `text` consists of; empty for a whole caption
 
     def is_true_of(self, scene: scenes.Scene) -> bool:
@@ -97,7 +99,8 @@ class Pair:
 def make_pair(scene: scenes.Scene, rng: random.Random) -> Pair:
     """Draws the texts of a scene."""
     style = rng.randrange(scenes.NUM_CAPTIONS)
-    caption, wrong = scenes.captions(scene)[style], scenes.captions(_altered(scene, rng))[style]
+    caption = scenes.captions(scene)[style]
+    wrong = tuple(scenes.captions(_altered(scene, rng))[style] for _ in range(NUM_NEAR_MISSES))
     if rng.random() >= PHRASE_SHARE:
         return Pair(scene, caption, wrong, ())
     words = rng.choice((scene.first, scene.second)).words.split()
@@ -130,7 +133,7 @@ def make_clip_processor(seed: int) -> transformers.CLIPProcessor:
     texts = []
     for index in range(2000):
         pair = make_pair(scenes.make_scene(index, seed, "train"), rng)
-        texts += [pair.text, pair.wrong_text]
+        texts += [pair.text, *pair.wrong_texts]
     empty = transformers.CLIPTokenizer()
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer, bpe.pre_tokenizer = empty._tokenizer.normalizer, empty._tokenizer.pre_tokenizer
@@ -193,15 +196,15 @@ class PairBatches:
         return NUM_STEPS
 
     def __getitem__(self, step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Inputs for B images and their B true and B wrong texts; and [B, 2B], where an image has no say on a text."""
+        """Inputs for B images, their true texts and the wrong ones; and [B, texts], where an image has no say."""
         rng = random.Random(f"tiny-clip {self.seed} {step}")
         drawn = [scenes.make_scene(rng.getrandbits(40), self.seed, "train") for _ in range(BATCH_SIZE)]
         pairs = [make_pair(scene, rng) for scene in drawn]
-        texts = [pair.text for pair in pairs] + [pair.wrong_text for pair in pairs]
+        texts = [pair.text for pair in pairs] + [text for pair in pairs for text in pair.wrong_texts]
         inputs = self.processor(
             text=texts, images=[scenes.draw(scene) for scene in drawn], padding=True, return_tensors="pt"
         )
-        also_true = torch.zeros(BATCH_SIZE, 2 * BATCH_SIZE, dtype=torch.bool)
+        also_true = torch.zeros(BATCH_SIZE, len(texts), dtype=torch.bool)
         for column, pair in enumerate(pairs):
             also_true[:, column] = torch.tensor([pair.is_true_of(scene) for scene in drawn])
         also_true[:, :BATCH_SIZE].fill_diagonal_(False)
@@ -209,7 +212,7 @@ class PairBatches:
 
 
 def train_clip(seed: int, device: str, num_workers: int) -> tuple[Any, Any, dict[str, float | str]]:
-    """Trains the CLIP from scratch: every image against the texts of its batch and one near miss each, and back.
+    """Trains the CLIP from scratch: every image against the texts of its batch and near misses, and back.
 
     Args:
         seed: of weights and data.

@@ -25,8 +25,8 @@ from recipes.qwen_clip import DEFAULTS, RECIPE, SMOKE
 
 ROOT = Path(__file__).parents[1]
 SMOKE_LIMIT_SECONDS = 180
-# Measured: BLEU-4 0.497 of pictures, 0.317 of noise. The tiny CLIP tells colours and backgrounds, but no shapes.
-LEAST_ABOVE_NOISE = 0.1
+# Measured: BLEU-4 0.639 of pictures, 0.244 of noise.
+LEAST_ABOVE_NOISE = 0.3
 SHORT = {
     "smoke": True,
     "num_train_examples": 16,
