@@ -61,7 +61,10 @@ class Narrator(Callback):
 
 def _interruption(trial: Any) -> str:
     # Ray's copy on this machine: that in the storage comes later, or not at all where the disk is full.
-    error = pickle.loads(Path(trial.pickled_error_file).read_bytes())
+    file = trial.pickled_error_file
+    if file is None:  # the error was Ray's own, not one of the trial or its process
+        return "could not go on"
+    error = pickle.loads(Path(file).read_bytes())
     if isinstance(error, RayActorError):
         return "lost its process or node"
     return f"stopped ({str(error).strip().splitlines()[-1]})"

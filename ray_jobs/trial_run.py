@@ -164,12 +164,13 @@ class _Reporter(TrainerCallback):
 
 def _reason(error: BaseException) -> str:
     """In one line: of what the user can mend all of it, of anything else the beginning."""
-    if isinstance(error, UserError):
-        return textwrap.shorten(str(error), _MAX_REASON_CHARACTERS, placeholder=" ...")
-    text = first_line(error)
+    is_mendable = isinstance(error, UserError)
+    text = (
+        textwrap.shorten(str(error), _MAX_REASON_CHARACTERS, placeholder=" ...") if is_mendable else first_line(error)
+    )
     is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
         words in str(error).lower() for words in _OUT_OF_MEMORY
     )
     if is_memory:
         return f"out of memory: {text}"
-    return f"{type(error).__name__}: {text}"
+    return text if is_mendable else f"{type(error).__name__}: {text}"

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from qvl.mlflow_store import Store
 from qvl.scenes import write_scenes
 from ray_jobs.axes import Range, example_of
 from ray_jobs.children import TRIAL_TAG, children, find_or_make_child, require_reachable_by_all, with_patience
+from ray_jobs.narrator import Narrator
 from ray_jobs.search import axes_for
 from ray_jobs.storage import note_sweep, sweep_folder
 from ray_jobs.sweep import Sweep, _parse, run_sweep
@@ -282,6 +284,13 @@ def test_a_bad_row_and_a_full_disk_take_nothing_from_finished_trials(
     (finished,) = [run for run in before if run.info.status == "FINISHED"]
     assert finished.data.metrics["finetuned_rouge_l"] > 0
     assert (adapter_on(in_cluster, finished) / "adapter_model.safetensors").is_file()
+
+
+def test_an_error_of_rays_own_is_told_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ray leaves no error behind then, and what tells of it must not end the sweep."""
+    trial = SimpleNamespace(trial_id="0a1b", pickled_error_file=None)
+    Narrator("finetuned_loss").on_trial_error(0, [], trial)
+    assert "0a1b could not go on; that was too often, it has failed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("state", [None, '{"trial_data": ['])
