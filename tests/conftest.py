@@ -21,8 +21,8 @@ _PROJECT = Path(__file__).resolve().parent.parent
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first, and all tests of a file in one process, which share what it trains.
 
-    Those of Ray, which are one group and the longest, come before all others. Without it the processes of `pytest -n`
-    would each train a file's models, and end with one of them busy alone.
+    Without it the processes of `pytest -n` would each train a file's models, and end with one of them busy alone. The
+    tests of Ray, which are one group and the longest, begin.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path not in slow, item.get_closest_marker("xdist_group") is None))

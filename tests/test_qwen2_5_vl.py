@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import recipe_command
 from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from smoke import smoke_process
 
 from qvl.check_stage import free_bytes
 from qvl.errors import UserError
@@ -69,7 +69,7 @@ def checks_of(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("is_4bit", [True, False], ids=["4bit", "fp32"])
 def test_smoke_runs_all_stages_and_checks(is_4bit: bool, tmp_path: Path) -> None:
     flags = [] if is_4bit else ["--load_in_4bit", "false"]
-    screen, seconds = smoke_process("qwen2_5_vl", "--output_dir", str(tmp_path / "run"), *flags)
+    screen, seconds = recipe_command("qwen2_5_vl", "--smoke", "--output_dir", str(tmp_path / "run"), *flags)
     assert seconds <= SMOKE_LIMIT_SECONDS
     found = checks_of(tmp_path / "run")
     assert all(check["passed"] for check in found.values())
@@ -102,7 +102,8 @@ def test_a_failed_check_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as ended:
         main(qwen2_5_vl.RECIPE, ["--smoke", "--output_dir", str(tmp_path / "run"), "--model_name_or_path", str(model)])
     assert ended.value.code == 1
-    screen = capsys.readouterr().out
+    screen, errors = capsys.readouterr()
+    assert "Traceback" not in screen + errors
     assert "== train ==" not in screen, "nothing is trained on what cannot be trusted"
     assert "FAIL another_image_changes_the_answer" in screen
     found = checks_of(tmp_path / "run")

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import recipe_command
 from mlflow import MlflowClient
-from smoke import smoke_process
 from tiny import CHAT, VISION, picture, processing_class
 from transformers import TextStreamer
 
@@ -58,7 +58,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smoke(outputs: Path) -> tuple[Path, str, float]:
     """The smoke run's folder, what it printed, and the processor time it took: others may be using the cores."""
     folder = outputs / "smoke"
-    screen, seconds = smoke_process("qwen_chat", "--output_dir", str(folder))
+    screen, seconds = recipe_command("qwen_chat", "--smoke", "--output_dir", str(folder))
     return folder, screen, seconds
 
 

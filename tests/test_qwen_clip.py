@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import recipe_command
 from PIL import Image
 from safetensors.torch import load_file
-from smoke import smoke_process
 from tiny import CPU, settings_for
 
 from qvl import scenes
@@ -56,7 +56,7 @@ def smoke(outputs: Path) -> tuple[Path, str, float]:
     """The smoke run's folder, what it printed, and the processor time it took: others may be using the cores."""
     folder = outputs / "smoke"
     flags = ["--output_dir", str(folder), "--vision_cache_dir", str(outputs / "features")]
-    screen, seconds = smoke_process("qwen_clip", *flags)
+    screen, seconds = recipe_command("qwen_clip", "--smoke", *flags)
     return folder, screen, seconds
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import recipe_command
 from mlflow import MlflowClient
 
 import qvl.examples
@@ -74,9 +75,7 @@ def finished(outputs: Path) -> Path:
 
 def smoke_run(folder: Path, *flags: str) -> tuple[Path, str]:
     """The run folder of a smoke run, and what it printed."""
-    process = recipe_process("--smoke", "--output_dir", str(folder), *flags)
-    screen, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, screen
+    screen, _ = recipe_command("flickr8k", "--smoke", "--output_dir", str(folder), *flags)
     return folder, screen
 
 

@@ -1,4 +1,4 @@
-"""A recipe's smoke run as a user starts it."""
+"""A recipe as a user starts it."""
 
 import resource
 import subprocess
@@ -9,15 +9,15 @@ _ROOT = Path(__file__).parents[1]
 _LIMIT_SECONDS = 600
 
 
-def smoke_process(recipe: str, *flags: str) -> tuple[str, float]:
-    """Runs a recipe with --smoke to its good end.
+def recipe_command(recipe: str, *flags: str) -> tuple[str, float]:
+    """Runs a recipe's file to its good end.
 
     Returns:
         What it printed, and the processor seconds it took: others may be using the cores.
     """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, f"recipes/{recipe}.py", "--smoke", *flags],
+        [sys.executable, f"recipes/{recipe}.py", *flags],
         cwd=_ROOT,
         text=True,
         stdout=subprocess.PIPE,
