@@ -4,8 +4,10 @@ Layers of one kind run the same code, so they share one compilation, and lengths
 compile nothing.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 import torch._dynamo.config
@@ -17,6 +19,10 @@ _LEAST_CAPABILITY = (8, 0)
 # Of what a layer would save for its backward, the share that it may: the cheap rest (norms, dropout masks, products of
 # activations) is computed again: 32 GiB in place of 56 for a twentieth of the speed (8B shape, one H100).
 _ACTIVATION_MEMORY_BUDGET = 0.5
+
+Calls: TypeAlias = dict[nn.Module, Callable[..., Any] | None]
+# To wrap the two hundred modules of a model takes half a second, and a run generates several times.
+_generation_calls: WeakKeyDictionary[PreTrainedModel, Calls] = WeakKeyDictionary()
 
 
 def can_compile(device: torch.device) -> bool:
@@ -41,23 +47,29 @@ def compiled_layers(base: PreTrainedModel, keeps_inputs_only: bool, backend: str
     # The first layer shares the others' compilation if its input wants a gradient as theirs do.
     base.enable_input_require_grads()
     budget = 0.0 if keeps_inputs_only else _ACTIVATION_MEMORY_BUDGET
-    with torch._functorch.config.patch(activation_memory_budget=budget), _compiled(layers, backend):
+    with torch._functorch.config.patch(activation_memory_budget=budget), _called(_compile(layers, backend)):
         yield
 
 
 @contextmanager
-def compiled_prefill(base: PreTrainedModel) -> Iterator[None]:
-    """Compiles what keeps no state: vision blocks, and of decoder layers everything but the attention.
+def compiled_generation(base: PreTrainedModel, backend: str = "inductor") -> Iterator[None]:
+    """Answers with compiled code where that keeps no state: vision blocks, and decoder layers but for their attention.
 
     The attention writes into the layer's own cache of keys and values, which would compile every layer for itself.
+
+    Args:
+        base: the base model.
+        backend: `torch.compile`'s; the first one that a model is compiled with stays.
     """
-    stateless = [
-        module
-        for layer in base.get_decoder().layers
-        for module in layer.modules()
-        if module is getattr(layer, "mlp", None) or "Norm" in type(module).__name__
-    ]
-    with _compiled([*stateless, *_vision_blocks(base)]):
+    if base not in _generation_calls:
+        stateless = [
+            module
+            for layer in base.get_decoder().layers
+            for module in layer.modules()
+            if module is getattr(layer, "mlp", None) or "Norm" in type(module).__name__
+        ]
+        _generation_calls[base] = _compile([*stateless, *_vision_blocks(base)], backend)
+    with _called(_generation_calls[base]):
         yield
 
 
@@ -74,18 +86,26 @@ def plain_layers(base: PreTrainedModel) -> Iterator[None]:
             module._compiled_call_impl = call
 
 
-@contextmanager
-def _compiled(modules: Iterable[nn.Module], backend: str = "inductor") -> Iterator[None]:
-    modules = list(modules)
+def _compile(modules: Iterable[nn.Module], backend: str = "inductor") -> Calls:
+    """What each module may be called by in place of its own code; compiled when it is first called."""
+    calls: Calls = {}
     for module in modules:
         module.compile(dynamic=True, backend=backend)
+        calls[module], module._compiled_call_impl = module._compiled_call_impl, None
+    return calls
+
+
+@contextmanager
+def _called(calls: Calls) -> Iterator[None]:
+    for module, call in calls.items():
+        module._compiled_call_impl = call
     try:
         # Lengths are symbols, numbers such as a norm's epsilon are not: torch would hand each of them in as a tensor on
         # the CPU, and call the C++ compiler for what is computed of them there.
         with torch._dynamo.config.patch(specialize_float=True):
             yield
     finally:
-        for module in modules:
+        for module in calls:
             module._compiled_call_impl = None
 
 

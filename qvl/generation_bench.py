@@ -4,8 +4,8 @@
     python -m qvl.generation_bench recipes/flickr8k.py --smoke
 
 Flags of the recipe's command line count. One by one means the processor and `model.generate` on a row at a time, with
-the decoding, the model and the images of the batched run. With a GPU there are two batched rows, with the prefill as it
-is and compiled; each is run twice, and the first run is its warm-up.
+the decoding, the model and the images of the batched run. With a GPU there are two batched rows, one with compiled
+layers; each is run twice, and the first run is its warm-up.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def _batched(run: "Run", base: "PreTrainedModel", rows: Any, lengths: list[int],
     from qvl.answers import Prompts, decoding_of
     from qvl.generate import generate
 
-    decoding = replace(decoding_of(run, len(rows)), compile_prefill=compiles)
+    decoding = replace(decoding_of(run, len(rows)), compile_layers=compiles)
 
     def answer() -> None:
         generate(base, run.processing_class, Prompts(rows), decoding, lengths)
@@ -142,7 +142,7 @@ def _batched(run: "Run", base: "PreTrainedModel", rows: Any, lengths: list[int],
     found = _timed(answer, len(rows), warm_up_seconds)
     # What the first run took longer than the second is what warming up costs.
     found["warm_up_seconds"] -= found["seconds"]
-    return {"name": "batched, prefill compiled" if compiles else "batched"} | found
+    return {"name": "batched, compiled" if compiles else "batched"} | found
 
 
 def _timed(work: Callable[[], None], num_prompts: int, warm_up_seconds: float) -> dict[str, Any]:

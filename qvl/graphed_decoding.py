@@ -4,6 +4,8 @@
 masks, sampling and stopping stay upstream's.
 """
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,8 +17,6 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-
-from qvl.compiled_layers import plain_layers
 
 # SDPA's masked kernel wants rows of a multiple of 8 elements, or it copies the mask.
 CACHE_MULTIPLE_TOKENS = 16
@@ -76,23 +76,6 @@ class GraphedDecoding:
         """
         inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
         outputs = model(**inputs, return_dict=True)
-        # What is compiled is compiled for many tokens at a time.
-        with plain_layers(model):
-            return self._decode(
-                model, input_ids, outputs, logits_processor, stopping_criteria, generation_config, model_kwargs
-            )
-
-    def _decode(
-        self,
-        model: PreTrainedModel,
-        input_ids: torch.Tensor,
-        outputs: Any,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-    ) -> torch.Tensor:
-        """From the logits behind the prompts to the last token, as upstream's loop does it."""
         unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         while True:
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
@@ -130,10 +113,8 @@ class GraphedDecoding:
     ) -> torch.cuda.CUDAGraph | None:
         """Records a step without running it; None where that fails, as with a step that asks the device something."""
         self._inputs = {key: value.clone() for key, value in tensors.items()}
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
-                self._logits = model(**{**inputs, **self._inputs}, return_dict=True).logits
+            graph, self._logits = _captured(lambda: model(**{**inputs, **self._inputs}, return_dict=True).logits)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -141,3 +122,25 @@ class GraphedDecoding:
             print(f"Decoding without a captured graph, which is slower: {error}", flush=True)
             return None
         return graph
+
+
+def _captured(work: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """Records what `work` launches, without running it.
+
+    `torch.cuda.graph` would empty all caches before: the pinned memory of the batches to come among them, which takes
+    longer to make again than the capture.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # What other threads do meanwhile, as the data loader's that pins memory, does not concern the capture.
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            result = work()
+        except BaseException:
+            with suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph, result

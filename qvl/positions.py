@@ -19,6 +19,10 @@ def positions_of(config: PretrainedConfig) -> Positions:
     # A model's own configuration may name an attention that only exists once it is loaded.
     config = copy.deepcopy(config)
     config._attn_implementation = "sdpa"
+    # Layers do not matter for it, and to make dozens of them takes longer than some batches.
+    config.get_text_config(decoder=True).num_hidden_layers = 1
+    if hasattr(getattr(config, "vision_config", None), "depth"):
+        config.vision_config.depth = 1
     core = skeleton(config).base_model
     if not hasattr(core, "get_rope_index"):
         return _counted

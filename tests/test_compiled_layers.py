@@ -6,6 +6,8 @@ divided into forward and backward by the same partitioner.
 
 import copy
 import functools
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,14 @@ import pytest
 import torch
 from curves import KEYS, training_curve
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import CHAT, base, conversation, processing_class, settings_for
+from tiny import CHAT, base, conversation, message, picture, processing_class, settings_for
 from torch import nn
 from transformers import PreTrainedModel
 
 import qvl.training_form
 from qvl.collators import CompletionCollator
-from qvl.compiled_layers import compiled_layers
+from qvl.compiled_layers import compiled_generation, compiled_layers
+from qvl.generate import PromptCollator
 from qvl.models import load_base
 from qvl.positions import positions_of
 from qvl.segment_attention import use_segment_attention
@@ -169,3 +172,35 @@ def test_the_trainer_compiled_follows_the_loss_curve_of_checkpointed_layers(
 )
 def test_what_is_compiled_where_the_device_can(flags: list[str], compiled: bool) -> None:
     assert wants_compiled(settings_for(CHAT, *flags)) is compiled
+
+
+def test_answers_are_those_of_plain_layers_and_the_wrapped_modules_are_kept() -> None:
+    model = copy.deepcopy(base("qvl/tiny-qwen3-vl"))
+    processor = processing_class("qvl/tiny-qwen3-vl")
+    rows = [{"prompt": [message("user", "What is this?", 1)], "images": [picture(64, 96)]}]
+    inputs = PromptCollator(processor)(rows)
+    plain = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+
+    found, calls = [], []
+    for _ in range(2):
+        with compiled_generation(model, backend="eager"):
+            norm = model.get_decoder().layers[0].input_layernorm
+            calls.append(norm._compiled_call_impl)
+            found.append(model.generate(**inputs, max_new_tokens=8, do_sample=False))
+
+    assert all(torch.equal(tokens, plain) for tokens in found)
+    assert calls[0] is calls[1] is not None
+    assert not any(module._compiled_call_impl for module in model.modules())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_a_model_that_nobody_uses_any_more_goes_for_all_that_was_wrapped() -> None:
+    model = copy.deepcopy(base(CHAT))
+    with compiled_generation(model, backend="eager"):
+        pass
+    reference = weakref.ref(model)
+
+    del model
+    gc.collect()
+
+    assert reference() is None
