@@ -18,6 +18,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from qvl import clip_llm
+from qvl.deepstack import add_deepstack_without_waiting
 from qvl.encode import ProcessingClass, tokenizer_of
 from qvl.errors import UserError
 from qvl.hub_errors import hub_errors_explained
@@ -108,6 +109,7 @@ def load_base(settings: Settings, device: torch.device, to_share_out: bool = Fal
         model = clip_llm.compose(skeleton(load_config(settings)), model, tower, settings.training.seed)
     model.config.use_cache = True
     use_varlen_vision_attention(model)
+    add_deepstack_without_waiting(model)
     keep_quantized_weights_as_they_are(model)
     return model
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from qvl.clip_llm import is_composed, see_without_gradients
+from qvl.deepstack import add_deepstack_without_waiting
 from qvl.errors import UserError
 from qvl.models import keep_quantized_weights_as_they_are, load_config, quantization, skeleton
 from qvl.settings import Settings
@@ -54,6 +55,7 @@ def build_with_random_weights(settings: Settings, device: torch.device) -> PreTr
         quantizer.postprocess_model(model)
     model.config.use_cache = True
     use_varlen_vision_attention(model)
+    add_deepstack_without_waiting(model)
     keep_quantized_weights_as_they_are(model)
     if is_composed(settings):
         see_without_gradients(model)

@@ -55,6 +55,7 @@ class CompletionTrainer(SFTTrainer):
         # Qwen-VL models declare that they take no `num_items_in_batch`, which makes Trainer average the losses of
         # micro-batches whatever their token counts: 4 x 1 and 1 x 4 then differ by a third. SFTTrainer's loss takes it.
         self.model_accepts_loss_kwargs = True
+        self._flos_per_token: float | None = None
         self._interval_start = time.perf_counter()
         self._interval_wait_seconds = 0.0
         self._interval_samples = 0
@@ -98,6 +99,13 @@ class CompletionTrainer(SFTTrainer):
         # What a trained projector computes here belongs to the forward pass.
         with self.compute_loss_context_manager():
             return encoder_inputs(inputs, self.model)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Upstream's, which is so much a token; it would count the model's weights anew for every batch."""
+        num_tokens = inputs["input_ids"].numel()
+        if self._flos_per_token is None:
+            self._flos_per_token = super().floating_point_ops(inputs) / num_tokens
+        return round(self._flos_per_token * num_tokens)
 
     def prediction_step(
         self,
