@@ -15,7 +15,7 @@ it (`--phase`). The baseline is the same composition with an untrained projector
 
 Models: Qwen/Qwen3-14B (main), 4-bit NF4 with double quantization; openai/clip-vit-large-patch14 (main), frozen.
 Data:   jxie/flickr8k unless you name your own: JSON lines of {"image", "instruction", "response"}, or any other format.
-Needs:  made for a 24 GB card. Measured runs are in recipes/RESULTS.md.
+Needs:  a 24 GB card: training holds 13.7 GiB at most (14B and CLIP-L shapes on one H100, recipes/RESULTS.md).
 """
 
 from qvl.recipe import Recipe, main
