@@ -15,7 +15,7 @@ seeing each other; the run prints how many optimizer steps an epoch has then.
 Model:  Qwen/Qwen3-4B-Instruct-2507 (main), 4-bit NF4 with double quantization; LoRA r=16 on all seven projections.
 Data:   recipes/data/chat_sample.jsonl: 32 conversations to train and 8 to evaluate, which show the format and teach one
         habit (a closing line "In short: ..."). Other ChatML models and templates: --model_name_or_path.
-Needs:  training holds 4.0 GiB at most, at 2.5 times the tokens/s of TRL's defaults (4B shape, one H100, recipes/RESULTS.md).
+Needs:  4.0 GiB at most in training, at 2.5 times the tokens/s of TRL's defaults (4B shape, one H100, RESULTS.md).
 """
 
 from pathlib import Path
