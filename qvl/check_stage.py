@@ -31,6 +31,7 @@ from qvl.active_run import Run
 from qvl.answer_distributions import answer_distributions
 from qvl.check_rows import rows_to_compare, rows_to_learn
 from qvl.checks import Check
+from qvl.clip_llm import is_composed
 from qvl.collators import CompletionCollator
 from qvl.compiled_layers import plain_layers
 from qvl.data import prompt_messages
@@ -190,6 +191,9 @@ class _CheckStage:
 
     def _check_alignment(self, model: Any, full: Any, when: str) -> None:
         if not (self.sees_images and self.has_learned):
+            return
+        # The projector of a composition begins at random, so nothing is seen before a training of its own.
+        if is_composed(self.run.settings) and (when == "before_training" or self.run.settings.recipe.adapter is None):
             return
         size = len(self.compared)
         found = behaviour_checks.measure_alignment(model, self.rows, self.collator, size)

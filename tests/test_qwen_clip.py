@@ -11,12 +11,14 @@ from commands import recipe_command
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import CPU, settings_for
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from qvl import scenes
 from qvl.adapters import load_adapter
 from qvl.chat import main
 from qvl.collators import CompletionCollator
 from qvl.errors import UserError
+from qvl.export import main as export
 from qvl.files import read_jsonl
 from qvl.models import load_base, load_processing_class
 from qvl.recipe import run
@@ -142,17 +144,23 @@ def settings_of(*argv: str) -> Any:
 
 
 @pytest.mark.slow
-def test_chat_looks_at_a_picture(
+def test_chat_looks_at_a_picture_with_the_adapter_and_with_the_model_merged_from_it(
     smoke: tuple[Path, str, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adapter = smoke[0] / "adapter"
+    adapter, merged = smoke[0] / "adapter", tmp_path / "merged"
     row = read_jsonl(smoke[0] / "finetuned_predictions.jsonl")[0]
     scene = scenes.make_scene(0, DEFAULTS["seed"], "test")
     scenes.draw(scene).save(tmp_path / "scene.png")
     flags = ["--image", str(tmp_path / "scene.png"), "--prompt", scenes.PROMPT, "--max_new_tokens", "40"]
     with pytest.raises(SystemExit) as stopped:
-        main(["--adapter", str(adapter), *flags])
-    assert (stopped.value.code, capsys.readouterr().out) == (0, row["prediction"] + "\n")
+        export(["--adapter", str(adapter), "--format", "merged", "--out", str(merged)])
+    assert stopped.value.code == 0
+    assert type(AutoModelForImageTextToText.from_pretrained(merged)) is LlavaForConditionalGeneration
+    capsys.readouterr()
+    for folder in (adapter, merged):
+        with pytest.raises(SystemExit) as stopped:
+            main(["--adapter", str(folder), *flags])
+        assert (stopped.value.code, capsys.readouterr().out) == (0, row["prediction"] + "\n")
 
 
 @pytest.mark.slow
