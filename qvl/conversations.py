@@ -12,6 +12,9 @@ _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "assistant": "assistant",
     "system": "system",
     "tool": "tool",
@@ -57,6 +60,8 @@ def read_conversations(turns: Any, system: Any = None) -> list[Message]:
     """
     if not isinstance(turns, list) or not turns:
         raise MessageError('"conversations" is no filled list: write [{"from": "human", "value": "..."}, ...]')
+    if all(isinstance(turn, dict) and "role" in turn for turn in turns):
+        return _behind_system(turns, system)  # OpenAI's messages under ShareGPT's name
     messages = []
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
@@ -64,6 +69,10 @@ def read_conversations(turns: Any, system: Any = None) -> list[Message]:
         if turn["from"] not in _SHAREGPT_ROLES:
             raise MessageError(f'turn {number} is from "{turn["from"]}": known are {", ".join(_SHAREGPT_ROLES)}')
         messages.append({"role": _SHAREGPT_ROLES[turn["from"]], "content": turn["value"]})
+    return _behind_system(messages, system)
+
+
+def _behind_system(messages: list[Message], system: Any) -> list[Message]:
     if system is None or system == "":
         return read_messages(messages)
     if not isinstance(system, str):
@@ -79,6 +88,11 @@ def _read_message(message: Any, number: int) -> Message:
     role = message.get("role")
     if role not in ROLES:
         raise MessageError(f'message {number} has the unknown role "{role}": known are {", ".join(ROLES)}')
+    if role == "assistant" and message.get("weight") not in (None, 1):
+        raise MessageError(
+            f'message {number} has "weight": {message["weight"]!r}, and every answer is trained on alike: remove the '
+            "key, or end the conversation before that answer"
+        )
     content = message.get("content")
     if content is None and message.get("tool_calls"):
         content = ""  # OpenAI writes null beside tool calls

@@ -37,11 +37,12 @@ class FileImage:
 
 @dataclass(frozen=True)
 class LineImage:
-    """The `index`-th `data:` URL of the JSON line that starts at byte `offset` of the file `path`."""
+    """The `index`-th `data:` URL of the row of `num_bytes` that starts at byte `offset` of the JSON file `path`."""
 
     name: str
     path: str
     offset: int
+    num_bytes: int
     index: int
 
 
@@ -219,7 +220,7 @@ def open_image(ref: ImageRef, tables: Mapping[str, Any]) -> BinaryIO:
 def _line_bytes(ref: LineImage) -> bytes:
     with open(ref.path, "rb") as file:
         file.seek(ref.offset)
-        row = json.loads(file.readline().removeprefix(b"\xef\xbb\xbf"))
+        row = json.loads(file.read(ref.num_bytes).removeprefix(b"\xef\xbb\xbf"))
     return decode_data_url(list(data_urls(row))[ref.index])
 
 

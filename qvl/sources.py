@@ -1,10 +1,10 @@
-"""Where rows come from: local JSON lines, the embedded scenes and chats, or a hub data set."""
+"""Where rows come from: local JSON lines or arrays, the embedded scenes and chats, or a hub data set."""
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ CHATS = "qvl/chats"
 NUM_SCENES_TO_TRAIN = 1000
 NUM_SCENES_TO_EVALUATE = 200
 _BOM = b"\xef\xbb\xbf"
+_NOT_SPACE = re.compile(r"[^ \t\r\n]")
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class RawRow:
         load: reads the row; raises RowError when it is no JSON.
         split: the split it belongs to; "" in a source without splits.
         row: its index in a table.
-        path: its JSONL file, absolute; None in a table.
-        offset: the byte where its line starts.
+        path: its JSON file, absolute; None in a table.
+        offset: the byte where it starts there.
+        num_bytes: how long it is.
     """
 
     where: str
@@ -44,6 +46,7 @@ class RawRow:
     row: int = 0
     path: Path | None = None
     offset: int = 0
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,12 +104,23 @@ def _generated_folder(config: DataConfig) -> Path:
 
 
 @dataclass(frozen=True)
-class _Line:
-    """A line that is not blank: its file, number (from 1), byte offset, and the split its row names, if any."""
+class _Place:
+    """Where a row stands in a file: a line that is not blank, or an element of an array.
+
+    Attributes:
+        path: the file.
+        where: file and line, or file and index in the array.
+        number: of the line or element, from 1.
+        offset: the byte where it starts.
+        num_bytes: how long it is.
+        split: which it names, if any.
+    """
 
     path: Path
+    where: str
     number: int
     offset: int
+    num_bytes: int
     split: str | None
 
 
@@ -121,47 +135,45 @@ def _open_files(name: str, path: Path) -> Source:
                 f"--dataset_name {name}: the folder has no captions.jsonl and no <split>.jsonl; it holds {held}."
                 " Write one JSON object a line into one of those."
             )
-        return _file_source(name, {file.stem: _index_lines(file) for file in files}, named_in_rows=False)
-    lines = _index_lines(path / "captions.jsonl" if path.is_dir() else path)
-    named = list(dict.fromkeys(line.split for line in lines if line.split is not None))
+        return _file_source(name, {file.stem: _index(file) for file in files}, named_in_rows=False)
+    places = _index(path / "captions.jsonl" if path.is_dir() else path)
+    named = list(dict.fromkeys(place.split for place in places if place.split is not None))
     if not named:
-        return _file_source(name, {"": lines}, named_in_rows=False)
-    # A line that names no split is reported whichever split is read.
-    by_split = {split: [line for line in lines if line.split in (split, None)] for split in named}
+        return _file_source(name, {"": places}, named_in_rows=False)
+    # A row that names no split is reported whichever split is read.
+    by_split = {split: [place for place in places if place.split in (split, None)] for split in named}
     return _file_source(name, by_split, named_in_rows=True)
 
 
-def _file_source(name: str, lines: dict[str, list[_Line]], named_in_rows: bool) -> Source:
+def _file_source(name: str, places: dict[str, list[_Place]], named_in_rows: bool) -> Source:
     def rows_of(split: str) -> Iterator[RawRow]:
-        for line in lines[split]:
+        for place in places[split]:
             yield RawRow(
-                where=f"{line.path.name}:{line.number}",
-                default_id=f"{line.path.stem}-{line.number}",
-                load=partial(_read_line, line, named_in_rows),
+                where=place.where,
+                default_id=f"{place.path.stem}-{place.number}",
+                load=partial(_read_row, place, named_in_rows),
                 split=split,
-                path=line.path,
-                offset=line.offset,
+                path=place.path,
+                offset=place.offset,
+                num_bytes=place.num_bytes,
             )
 
-    return Source(name, {split: len(held) for split, held in lines.items()}, rows_of)
+    return Source(name, {split: len(held) for split, held in places.items()}, rows_of)
 
 
-def _index_lines(path: Path) -> list[_Line]:
-    """All lines that are not blank.
+def _index(path: Path) -> list[_Place]:
+    """All rows of a file: its lines, or the elements of the array that it is.
 
     Raises:
-        UserError: the file is empty, UTF-16, a JSON array, or cannot be read.
+        UserError: the file is empty, UTF-16, JSON of another kind, or cannot be read.
     """
-    found = []
     try:
         with open(path, "rb") as file:
-            offset = 0
-            for number, text in enumerate(file, start=1):
-                if number == 1:
-                    _refuse_other_formats(path, text)
-                if text.removeprefix(_BOM).strip():
-                    found.append(_Line(path, number, offset, _split_of(text)))
-                offset += len(text)
+            first_line = file.readline()
+            _refuse_other_formats(path, first_line)
+            is_array = first_line.removeprefix(_BOM).lstrip().startswith(b"[")
+            file.seek(0)
+            found = _index_array(path, file.read()) if is_array else _index_lines(path, file)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
     if not found:
@@ -169,14 +181,51 @@ def _index_lines(path: Path) -> list[_Line]:
     return found
 
 
+def _index_lines(path: Path, lines: Iterable[bytes]) -> list[_Place]:
+    found, offset = [], 0
+    for number, text in enumerate(lines, start=1):
+        if text.removeprefix(_BOM).strip():
+            found.append(_Place(path, f"{path.name}:{number}", number, offset, len(text), _split_of(text)))
+        offset += len(text)
+    return found
+
+
+def _index_array(path: Path, content: bytes) -> list[_Place]:
+    """Elements of a JSON array, as LLaVA and ShareGPT publish their rows."""
+    # One character a byte, whatever the encoding: what gives an array its structure is ASCII.
+    text = content.decode("latin-1")
+    decoder = json.JSONDecoder()
+    found: list[_Place] = []
+    position = _NOT_SPACE.search(text, text.index("[") + 1)
+    try:
+        while position and position[0] != "]":
+            start = position.start()
+            _, end = decoder.raw_decode(text, start)
+            number = len(found)
+            found.append(
+                _Place(path, f"{path.name}[{number}]", number + 1, start, end - start, _split_of(content[start:end]))
+            )
+            position = _NOT_SPACE.search(text, end)
+            if position and position[0] == ",":
+                position = _NOT_SPACE.search(text, position.end())
+            elif position and position[0] != "]":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, position.start())
+        if position is None:
+            raise json.JSONDecodeError("Expecting ']' at the end", text, len(text))
+    except (ValueError, RecursionError) as error:
+        at = f"{path.name}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path.name
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UserError(
+            f"{at}: element [{len(found)}] of the array is no valid JSON ({reason}): correct it."
+        ) from error
+    return found
+
+
 def _refuse_other_formats(path: Path, first_line: bytes) -> None:
     if first_line.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{path.name}:1: is UTF-16; save it as UTF-8 (`iconv -f utf-16 -t utf-8`).")
-    if first_line.removeprefix(_BOM).lstrip().startswith(b"[") or path.suffix == ".json":
-        raise UserError(
-            f"{path.name}:1: is JSON, not JSON lines; write one object a line"
-            f" (`jq -c '.[]' {path.name} > {path.stem}.jsonl`)."
-        )
+    if path.suffix == ".json" and first_line.removeprefix(_BOM).strip() in (b"{", b""):
+        raise UserError(f"{path.name}:1: is neither an array of rows nor JSON lines: write [{{...}}, {{...}}].")
 
 
 def _split_of(text: bytes) -> str | None:
@@ -190,10 +239,10 @@ def _split_of(text: bytes) -> str | None:
     return split if isinstance(split, str) else None
 
 
-def _read_line(line: _Line, needs_split: bool) -> Any:
-    with open(line.path, "rb") as file:
-        file.seek(line.offset)
-        text = file.readline().removeprefix(_BOM)
+def _read_row(place: _Place, needs_split: bool) -> Any:
+    with open(place.path, "rb") as file:
+        file.seek(place.offset)
+        text = file.read(place.num_bytes).removeprefix(_BOM)
     try:
         row = json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -205,7 +254,7 @@ def _read_line(line: _Line, needs_split: bool) -> Any:
         raise RowError(f"is no valid JSON ({error.msg} at column {error.colno}): correct the line") from error
     except RecursionError as error:
         raise RowError("is nested too deeply: write a plain row") from error
-    if needs_split and line.split is None:
+    if needs_split and place.split is None:
         raise RowError('has no text under "split", other rows of the file have: add it')
     return row
 

@@ -146,7 +146,7 @@ def _locate(value: Any, row: dict[str, Any], raw: RawRow, config: DataConfig) ->
         index = list(data_urls(row)).index(value)
         if raw.path is None:
             return TableImage(f"{raw.where} data URL {index}", raw.split, raw.row, None, index)
-        return LineImage(f"{raw.where} data URL {index}", str(raw.path), raw.offset, index)
+        return LineImage(f"{raw.where} data URL {index}", str(raw.path), raw.offset, raw.num_bytes, index)
     folder = raw.path.parent if raw.path else None
     try:
         return locate_path(value, folder, config.allow_remote_images, config.allow_outside_images)

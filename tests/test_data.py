@@ -246,6 +246,33 @@ def test_llava_conversations(folder: Path) -> None:
     assert len(prompt_messages(example)) == 3
 
 
+def test_an_array_of_rows_as_llava_publishes_them(folder: Path) -> None:
+    def row(number: int, answer: str, image: str) -> dict[str, Any]:
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "chatgpt", "value": answer}]
+        return {"id": f"{number}", "image": image, "conversations": turns}
+
+    rows = [row(1, "ünïcode 犬, [brackets]", "images/1.png"), row(2, "No.", data_url(2))]
+    for indent, ensure_ascii in [(None, True), (2, False)]:
+        array = folder / "rows.json"
+        array.write_text(json.dumps(rows, indent=indent, ensure_ascii=ensure_ascii), encoding="utf-8")
+        train = load_examples(DataConfig(str(array), num_eval_examples=1)).train
+        held_out = load_examples(DataConfig(str(array), num_eval_examples=1)).evaluation
+        examples = sorted([*train, *held_out], key=lambda example: example["id"])
+        assert [example["references"] for example in examples] == [["ünïcode 犬, [brackets]"], ["No."]]
+        assert [len(example["images"]) for example in examples] == [1, 1]
+    array.write_text(json.dumps([*rows, row(3, "And?", "images/99.png")], indent=2), encoding="utf-8")
+    with pytest.raises(UserError, match=r'rows\.json\[2\]: image "images/99\.png" is missing'):
+        load_examples(DataConfig(str(array)))
+
+
+def test_openai_messages_may_stand_under_conversations(folder: Path) -> None:
+    turns = chat("Hello")["messages"]
+    system = {"role": "system", "content": "Be kind."}
+    rows = [{"conversations": turns, "system": "Be kind."}, {"messages": [system, *turns]}]
+    first, second = load(folder, rows).train
+    assert first["messages"] == second["messages"]
+
+
 def test_a_sharegpt_row_may_have_its_system_prompt_and_tools_beside_the_turns(folder: Path) -> None:
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
     tool = {"type": "function", "function": {"name": "look"}}
@@ -535,6 +562,12 @@ REJECTED = [
     ),
     ("conversations empty", {"conversations": []}, '"conversations" is no filled list', "write ["),
     ("turn without value", {"conversations": [{"from": "human"}]}, "turn 0", '{"from": ..., "value": ...}'),
+    (
+        "answer that is not to be trained on",
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]},
+        'message 1 has "weight": 0',
+        "remove the key",
+    ),
     ("misspelt format", {"mesages": []}, 'is "mesages" meant to be "messages"?', "add it"),
     (
         "two system prompts",
@@ -658,7 +691,13 @@ def test_a_broken_image_found_while_training_names_the_row(folder: Path) -> None
         (b"", "the file is empty; write one JSON object a line"),
         (b"\n \r\n", "the file is empty"),
         ("hello".encode("utf-16"), r"train\.jsonl:1: is UTF-16; save it as UTF-8"),
-        (b'[{"image": "a"}]', r"train\.jsonl:1: is JSON, not JSON lines.*jq -c"),
+        (b"[]", "the file is empty"),
+        (
+            b'[{"image": "a"},\n{"image": "b"]',
+            r"train\.jsonl:2: element \[1\] of the array is no valid JSON .*: correct",
+        ),
+        (b'[{"image": "a"} {"image": "b"}]', r"train\.jsonl:1: element \[1\] of the array.*Expecting ','"),
+        (b'[{"image": "a"},', r"train\.jsonl:1: element \[1\] of the array.*Expecting '\]'"),
     ],
 )
 def test_rejected_file(folder: Path, content: bytes, wrong: str) -> None:
@@ -669,7 +708,7 @@ def test_rejected_file(folder: Path, content: bytes, wrong: str) -> None:
 
 def test_rejected_json_file_missing_file_and_folder_without_rows(folder: Path) -> None:
     (folder / "data.json").write_text('{\n"image": 1}')
-    with pytest.raises(UserError, match=r"data\.json:1: is JSON, not JSON lines"):
+    with pytest.raises(UserError, match=r"data\.json:1: is neither an array of rows nor JSON lines"):
         load_examples(DataConfig(str(folder / "data.json")))
     with pytest.raises(UserError, match="no such file or folder"):
         load_examples(DataConfig(str(folder / "missing.jsonl")))
