@@ -184,7 +184,8 @@ def _end_at_end_token(marked: list[Segment], end_token: str) -> list[Segment]:
             if not found:
                 raise UserError(
                     f"the chat template does not end the assistant's turn with {end_token!r}, so the model would "
-                    "never learn to stop. Mend the template (--chat_template_path) or the end token."
+                    'never learn to stop. Mend the template (--chat_template_path), or "eos_token" in a copy of the '
+                    "model's tokenizer_config.json; of base models take the instruction-tuned sister."
                 )
             result += [Segment(text + found, True), Segment(rest, False)]
         else:

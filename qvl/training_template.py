@@ -22,8 +22,9 @@ from qvl.errors import UserError
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TAG = re.compile(r"\{%[-+]?\s*(for|endfor)\b(.*?)[-+]?%\}", re.DOTALL)
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
-# With thinking off, Qwen3's template writes this into the generation prompt and the last answer, not into the history.
-_NO_THOUGHTS = "<think>\n\n</think>\n\n"
+# What generation prompts end with and histories leave out: Qwen3's with thinking off, and those of models that always
+# think (Qwen3-Thinking-2507).
+_THOUGHTS_BEGIN = ("<think>\n\n</think>\n\n", "<think>\n")
 _LOOP_VARIABLE = re.compile(r"\s*(\w+)\s+in\s")
 _REMEDY = (
     "Add {% generation %} ... {% endgeneration %} around the assistant's turns in a copy of the template and name it "
@@ -63,17 +64,15 @@ class TrainingTemplate:
         return text, [(self._behind_header(text, start, end), end) for start, end in spans]
 
     def _behind_header(self, text: str, start: int, end: int) -> int:
-        header = self.header
-        found = text.find(header, start, end)
-        if found < 0 and header.endswith(_NO_THOUGHTS):
-            header = header.removesuffix(_NO_THOUGHTS)
+        without = [self.header.removesuffix(words) for words in _THOUGHTS_BEGIN if self.header.endswith(words)]
+        for header in (self.header, *without):
             found = text.find(header, start, end)
-        if found < 0:
-            raise UserError(
-                f"the chat template begins an assistant's turn otherwise than with {self.header!r}, which is what "
-                f"generation begins with. {_REMEDY}"
-            )
-        return found + len(header)
+            if found >= 0:
+                return found + len(header)
+        raise UserError(
+            f"the chat template begins an assistant's turn otherwise than with {self.header!r}, which is what "
+            f"generation begins with. {_REMEDY}"
+        )
 
 
 @functools.lru_cache(maxsize=64)
@@ -87,7 +86,7 @@ def training_template(template: str, special_tokens: SpecialTokens) -> TrainingT
     Raises:
         UserError: it has no markers and no twin that renders the same.
     """
-    if _MARKER.search(template):
+    if _MARKER.search(_COMMENT.sub("", template)):
         return TrainingTemplate(template, _header(template, special_tokens) or "", special_tokens)
     for twin in _twins(template):
         if _is_twin(template, twin, special_tokens):

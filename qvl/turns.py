@@ -53,7 +53,8 @@ def truncate_turns(
     """Shortens every row that is longer than `max_length` by as few turns at its end as will do.
 
     An image goes with the turn that it stands in. Which turns fit is found by rendering and counting anew: a template
-    may write an answer otherwise once it is the last.
+    may write an answer otherwise once it is the last. Qwen3's leaves out thoughts that a later question follows, so
+    that a longer conversation may be the shorter row; those with thoughts are tried answer by answer.
 
     Args:
         dataset: training rows; those with `prompt` and `completion` have one answer, which cannot go.
@@ -68,17 +69,26 @@ def truncate_turns(
     overlong = [index for index, row in enumerate(lengths) if row.num_tokens > max_length]
     rows = {index: stored[index] for index in overlong}
     conversations = {index: json.loads(row["conversation"]) for index, row in rows.items()}
-    # The most answers known to fit, and the fewest known not to.
+    # The most answers known to fit, and the fewest known not to, with their length.
     fitting = dict.fromkeys(overlong, 0)
     failing = {index: num_answers(conversations[index].get("messages", [])) for index in overlong}
+    too_long = {index: lengths[index] for index in overlong}
     while searched := [index for index in overlong if failing[index] - fitting[index] > 1]:
-        tried = {index: (fitting[index] + failing[index]) // 2 for index in searched}
+        tried = {
+            index: failing[index] - 1
+            if _holds_thoughts(conversations[index]["messages"])
+            else (fitting[index] + failing[index]) // 2
+            for index in searched
+        }
         shorter = [_cut(rows[index], conversations[index], tried[index]) for index in searched]
         candidates = _with_rows(dataset.select(searched), dict(enumerate(shorter)))
         measured = training_lengths(candidates, processing_class)
         for index, length in zip(searched, measured, strict=True):
-            (fitting if length.num_tokens <= max_length else failing)[index] = tried[index]
-    _refuse_hopeless([lengths[index] for index in overlong if fitting[index] == 0], max_length)
+            if length.num_tokens <= max_length:
+                fitting[index] = tried[index]
+            else:
+                failing[index], too_long[index] = tried[index], length
+    _refuse_hopeless([too_long[index] for index in overlong if fitting[index] == 0], max_length)
     if not overlong:
         return Shortened(dataset, list(lengths), 0, 0)
     cut = {index: _cut(rows[index], conversations[index], fitting[index]) for index in overlong}
@@ -91,6 +101,15 @@ def truncate_turns(
         [remeasured.get(index, length) for index, length in enumerate(lengths)],
         len(overlong),
         before - sum(fitting.values()),
+    )
+
+
+def _holds_thoughts(messages: Sequence[dict[str, Any]]) -> bool:
+    return any(
+        message.get("reasoning_content") or "</think>" in part.get("text", "")
+        for message in messages
+        if message["role"] == "assistant"
+        for part in message["content"]
     )
 
 

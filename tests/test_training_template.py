@@ -36,12 +36,13 @@ TEMPLATES = {
     "Qwen2.5": (TRL_TEMPLATES / "qwen2_5.jinja").read_text(encoding="utf-8"),
     "Qwen3": QWEN3,
     "Qwen3 2507": (TRL_TEMPLATES / "qwen3_instruct_2507.jinja").read_text(encoding="utf-8"),
-    # A copy of the hub's has Qwen3's think block, but no switch for it.
-    "Qwen3 2507, thinking": QWEN3[: QWEN3.index("    {%- if enable_thinking")] + "{%- endif %}",
+    # As published: Qwen3's think block, and a generation prompt that opens one, without a switch.
+    "Qwen3 2507, thinking": QWEN3[: QWEN3.index("    {{- '<|im_start|>assistant\\n' }}")]
+    + "    {{- '<|im_start|>assistant\\n<think>\\n' }}\n{%- endif %}",
     "Qwen2.5 with TRL's markers": (TRL_TEMPLATES / "qwen2_5_training.jinja").read_text(encoding="utf-8"),
 }
-# These write a think block into the last answer.
-THINKING = ("Qwen3", "Qwen3 2507, thinking")
+# These write a think block into the last answer; what of it the model has to write itself.
+THINKING = {"Qwen3": "<think>\n\n</think>\n\n", "Qwen3 2507, thinking": "\n</think>\n\n"}
 WITHOUT_TOOLS = ("Qwen1.5", "Qwen1.5 as first published")
 TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {}}}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
@@ -88,7 +89,7 @@ def test_targets_are_the_answers_and_their_end_tokens(template: str, conversatio
     pairs = CONVERSATIONS[conversation]
     expected = [text + "<|im_end|>" for role, text in pairs if role == "assistant"]
     if template in THINKING and pairs[-1][0] == "assistant":
-        expected[-1] = "<think>\n\n</think>\n\n" + expected[-1]
+        expected[-1] = THINKING[template] + expected[-1]
     assert targets({"where": "row", "messages": turns(pairs)}, tokenizer) == expected
 
 
@@ -108,7 +109,10 @@ def test_every_target_begins_where_generation_would(template: str) -> None:
     parts = segments({"where": "row", "messages": turns(pairs)}, tokenizer)
     for index in range(1, len(parts), 2):
         before = "".join(part.text for part in parts[:index])
-        assert before == prompt_text(turns(pairs[: index + 1]), tokenizer)
+        prompt = prompt_text(turns(pairs[: index + 1]), tokenizer)
+        # A model that always thinks is asked with an open think block; its template leaves none in the history.
+        is_closed = template == "Qwen3 2507, thinking" and index < len(parts) - 1
+        assert before == (prompt.removesuffix("<think>\n") if is_closed else prompt)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -132,7 +136,7 @@ def test_tool_calls_are_learned_and_their_results_are_not(template: str) -> None
     tokenizer = with_template(TEMPLATES[template])
     first, second = targets({"where": "row", "messages": TOOL_TURNS, "tools": [TOOL]}, tokenizer)
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call><|im_end|>'
-    assert (first, second) == (call, ("<think>\n\n</think>\n\n" if template in THINKING else "") + "Four<|im_end|>")
+    assert (first, second) == (call, THINKING.get(template, "") + "Four<|im_end|>")
 
 
 @pytest.mark.parametrize("template", WITHOUT_TOOLS)
@@ -168,11 +172,12 @@ def test_a_role_that_a_template_writes_as_it_is_stays() -> None:
 def test_thoughts_are_learned_in_the_last_answer_and_left_out_of_the_history(template: str) -> None:
     thought = {**message("assistant", "Four"), "reasoning_content": "2 and 2"}
     inline = message("assistant", "<think>\n2 and 2\n</think>\n\nFour")
+    opening = "<think>\n" if template == "Qwen3" else ""  # the other's generation prompt has it already
     for answer in (thought, inline):
         messages = [message("user", "2+2?"), answer, message("user", "Sure?"), answer]
         assert targets({"where": "row", "messages": messages}, with_template(TEMPLATES[template])) == [
             "Four<|im_end|>",
-            "<think>\n2 and 2\n</think>\n\nFour<|im_end|>",
+            f"{opening}2 and 2\n</think>\n\nFour<|im_end|>",
         ]
 
 
@@ -248,3 +253,9 @@ def test_a_twin_that_fails_on_a_row_is_noticed() -> None:
 def test_every_qwen_template_has_a_twin(path: Path) -> None:
     found = training_template(path.read_text(encoding="utf-8"), SPECIAL)
     assert found.header.startswith("<|im_start|>assistant\n") or "training" in path.stem
+
+
+def test_a_marker_in_a_comment_marks_nothing() -> None:
+    tokenizer = with_template("{# no {% generation %} here #}" + QWEN1_5)
+    pairs = CONVERSATIONS["system"]
+    assert targets({"where": "row", "messages": turns(pairs)}, tokenizer) == ["Hello<|im_end|>"]

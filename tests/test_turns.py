@@ -5,19 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import CHAT, VISION, picture, processing_class
+from tiny import CHAT, VISION, picture, processing_class, settings_for
 
 from qvl.collators import CompletionCollator
 from qvl.data import DataConfig, load_examples, separate_completions
 from qvl.encode import segments
 from qvl.errors import UserError
 from qvl.examples import undecoded_examples
+from qvl.models import load_processing_class
 from qvl.survey import training_lengths
 from qvl.turns import Shortened, first_answers, num_answers, truncate_turns
 
 LIMIT = 60
+QWEN3 = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
 
 
 def turns(num_turns: int, words: int = 4) -> list[dict[str, Any]]:
@@ -116,3 +119,21 @@ def test_the_first_answers_are_a_beginning_that_ends_with_an_answer(roles: list[
     assert kept == messages[: len(kept)]
     assert kept[-1]["role"] == "assistant"
     assert num_answers(kept) == count
+
+
+def test_thoughts_that_a_later_question_would_drop_make_the_longer_conversation_the_shorter_row(tmp_path: Path) -> None:
+    """Qwen3's template keeps thoughts behind the last question only."""
+    tokenizer = load_processing_class(settings_for(CHAT))
+    tokenizer.chat_template = QWEN3.read_text(encoding="utf-8")
+    messages = turns(3)
+    messages[1]["reasoning_content"] = messages[5]["reasoning_content"] = "red " * 120
+    rows = load(tmp_path, [{"messages": messages}])
+    lengths = training_lengths(rows, tokenizer)
+    result = truncate_turns(rows, lengths, 100, tokenizer)
+    assert [num_answers(row["messages"]) for row in undecoded_examples(result.dataset)] == [2]
+    assert result.lengths[0].num_tokens <= 100 < lengths[0].num_tokens
+    alone = load(tmp_path, [{"messages": messages[:2]}])
+    alone_tokens = training_lengths(alone, tokenizer)[0].num_tokens
+    rows = load(tmp_path, [{"messages": messages}])
+    with pytest.raises(UserError, match=rf"first answer alone(.|\n)*: {alone_tokens} tokens"):
+        truncate_turns(rows, training_lengths(rows, tokenizer), 20, tokenizer)
