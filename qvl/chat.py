@@ -116,6 +116,9 @@ def _chat(arguments: argparse.Namespace) -> None:
     quieten_and_tame_libraries()
     from qvl.trained_model import load_trained
 
+    question = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    if question is not None and not question.strip():
+        raise UserError("The question is empty: write one behind --prompt, or into what is piped to `--prompt -`.")
     flags = {name: getattr(arguments, name) for name in (*_DECODING_FLAGS, "seed")}
     partner = load_trained(Path(arguments.adapter), arguments.base_only, flags)
     for warning in partner.warnings:
@@ -123,8 +126,8 @@ def _chat(arguments: argparse.Namespace) -> None:
     conversation = Conversation(partner, arguments.system)
     for path in arguments.image:
         conversation.show(path)
-    if arguments.prompt is not None:
-        conversation.say(sys.stdin.read().strip() if arguments.prompt == "-" else arguments.prompt)
+    if question is not None:
+        conversation.say(question.strip() if arguments.prompt == "-" else question)
         return
     print(f"{partner.name}. /image PATH, /new, Ctrl-D to end.", file=sys.stderr)
     for line in _lines():

@@ -26,6 +26,8 @@ def hub_errors_explained(name: str) -> Iterator[None]:
         if "unexpected keyword argument" not in str(error):
             raise
         raise UserError(f"{name} takes no such --model_init_kwargs: {error}") from error
+    except ImportError as error:
+        raise UserError(f"{name} cannot be loaded here: {str(error).strip().splitlines()[0]}") from error
     except (OSError, ValueError) as error:
         raise HubError(_explanation(name, error)) from error
 

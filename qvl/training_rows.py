@@ -22,6 +22,8 @@ from qvl.turns import truncate_turns
 
 # Rows on a GPU are as long as a multiple of this: SDPA copies a mask whose rows are not aligned.
 LENGTH_MULTIPLE_TOKENS = 16
+# Optimizer steps below which a training is hardly one.
+_FEW_STEPS = 10
 
 
 def prepare_training_rows(run: Run) -> tuple[Dataset, CompletionCollator | SharedPrefixCollator]:
@@ -100,6 +102,11 @@ def packed_if_wanted(run: Run, rows: Dataset, collator: CompletionCollator | Sha
         f"{num_per_step} of them, in place of {steps[1]}.",
         flush=True,
     )
+    if training.max_steps <= 0 and steps[0] * training.num_train_epochs < _FEW_STEPS:
+        print(
+            "That is little to learn in: lower --gradient_accumulation_steps, or train longer or with --packing false.",
+            flush=True,
+        )
     return packed
 
 

@@ -280,6 +280,11 @@ def test_mistakes_end_in_one_line(adapter: Path, tmp_path: Path, capsys: pytest.
     screen = capsys.readouterr()
     assert (stopped.value.code, screen.out) == (2, "")
     assert "holds no adapter" in screen.err
+    with pytest.raises(SystemExit) as stopped:
+        main(["--adapter", str(adapter), "--prompt", " \n"])
+    screen = capsys.readouterr()
+    assert (stopped.value.code, screen.out) == (2, "")
+    assert "question is empty" in screen.err
     for flags, said in (({"temperature": 0.5}, "--do_sample"), ({"max_new_tokens": 0}, "at least 1")):
         with pytest.raises(UserError, match=said):
             load_trained(adapter, False, flags)
