@@ -167,7 +167,8 @@ def _score_lines(metrics: Mapping[str, Any]) -> list[str]:
     lines += [f"| {row['name']} | {' | '.join(values)} |" for row, values in zip(rows, cells, strict=True)]
     counts = {part["num_examples"] for part in (metrics.get("baseline"), metrics.get("finetuned")) if part}
     count = " and ".join(f"{count:,}" for count in sorted(counts))
-    return [*lines, "", f"On {count} held-out examples; in brackets 95% intervals (bootstrap over images)."]
+    how = "bootstrap over them, those of one image together"
+    return [*lines, "", f"On {count} held-out examples; in brackets 95% intervals ({how})."]
 
 
 def _with_interval(row: Mapping[str, Any], key: str) -> str:

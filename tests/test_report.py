@@ -251,6 +251,7 @@ def test_page_holds_every_part_and_no_secret(run_dir: Path):
     assert page.index("CIDEr") < page.index("perplexity") < page.index("Against the first reference only")
     assert page.index("Against the first reference only") < page.index("BLEU-4, first reference")
     assert page.count('class="whisker"') == 2
+    assert "bootstrap over the images" in page
     assert "<|image_pad|> × 192".replace("<", "&lt;").replace(">", "&gt;") in page
     assert "<mark>A cat.&lt;|im_end|&gt;</mark>" in page
     assert page.count("✓ passed") == 1
@@ -330,6 +331,7 @@ def test_text_only_rows_have_their_prompts_and_no_pictures(browser: Any, run_dir
     page = report.read_text()
     assert "<img" not in page
     assert 'class="card with-picture"' not in page
+    assert "bootstrap over the examples" in page
     assert '<p class="prompt">question row-5</p>' in page
     assert len(_shown_ids(browser)) == 6
 
