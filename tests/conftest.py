@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Seconds in which a node of Ray has to be up; its own 30 are too few where all cores are busy with other tests.
 os.environ["RAY_raylet_start_wait_time_s"] = "150"  # noqa: SIM112 (Ray spells it so)
-# `make test` runs a process per core: more threads than cores wait for each other (tiny models gain nothing by them).
+# `make test` runs several processes: more threads than cores wait for each other (tiny models gain nothing by them).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
