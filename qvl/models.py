@@ -107,11 +107,20 @@ def load_base(settings: Settings, device: torch.device, to_share_out: bool = Fal
     if clip_llm.is_composed(settings):
         tower = clip_llm.load_tower(settings, model.device, model.dtype)
         model = clip_llm.compose(skeleton(load_config(settings)), model, tower, settings.training.seed)
+    make_ready(model)
+    return model
+
+
+def make_ready(model: PreTrainedModel) -> None:
+    """What every base model gets once its weights are there, loaded or made.
+
+    Args:
+        model: on its device, in its dtype.
+    """
     model.config.use_cache = True
     use_varlen_vision_attention(model)
     add_deepstack_without_waiting(model)
     keep_quantized_weights_as_they_are(model)
-    return model
 
 
 def _load_named_model(settings: Settings, device: torch.device, to_share_out: bool) -> PreTrainedModel:

@@ -11,11 +11,9 @@ from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from qvl.clip_llm import is_composed, see_without_gradients
-from qvl.deepstack import add_deepstack_without_waiting
 from qvl.errors import UserError
-from qvl.models import keep_quantized_weights_as_they_are, load_config, quantization, skeleton
+from qvl.models import load_config, make_ready, quantization, skeleton
 from qvl.settings import Settings
-from qvl.vision_attention import use_varlen_vision_attention
 
 # What transformers draws from where a configuration says nothing else.
 _STANDARD_DEVIATION = 0.02
@@ -53,10 +51,7 @@ def build_with_random_weights(settings: Settings, device: torch.device) -> PreTr
     if quantizer is not None:
         model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)
-    model.config.use_cache = True
-    use_varlen_vision_attention(model)
-    add_deepstack_without_waiting(model)
-    keep_quantized_weights_as_they_are(model)
+    make_ready(model)
     if is_composed(settings):
         see_without_gradients(model)
     return model.eval()
