@@ -116,7 +116,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     quieten_and_tame_libraries()
     from qvl.trained_model import load_trained
 
-    question = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    question = sys.stdin.read().strip() if arguments.prompt == "-" else arguments.prompt
     if question is not None and not question.strip():
         raise UserError("The question is empty: write one behind --prompt, or into what is piped to `--prompt -`.")
     flags = {name: getattr(arguments, name) for name in (*_DECODING_FLAGS, "seed")}
@@ -127,7 +127,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     for path in arguments.image:
         conversation.show(path)
     if question is not None:
-        conversation.say(question.strip() if arguments.prompt == "-" else question)
+        conversation.say(question)
         return
     print(f"{partner.name}. /image PATH, /new, Ctrl-D to end.", file=sys.stderr)
     for line in _lines():

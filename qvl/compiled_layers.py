@@ -20,9 +20,9 @@ _LEAST_CAPABILITY = (8, 0)
 # activations) is computed again: 32 GiB in place of 56 for a twentieth of the speed (8B shape, one H100).
 _ACTIVATION_MEMORY_BUDGET = 0.5
 
-Calls: TypeAlias = dict[nn.Module, Callable[..., Any] | None]
+_Calls: TypeAlias = dict[nn.Module, Callable[..., Any] | None]
 # To wrap the two hundred modules of a model takes half a second, and a run generates several times.
-_generation_calls: WeakKeyDictionary[PreTrainedModel, Calls] = WeakKeyDictionary()
+_generation_calls: WeakKeyDictionary[PreTrainedModel, _Calls] = WeakKeyDictionary()
 
 
 def can_compile(device: torch.device) -> bool:
@@ -86,9 +86,9 @@ def plain_layers(base: PreTrainedModel) -> Iterator[None]:
             module._compiled_call_impl = call
 
 
-def _compile(modules: Iterable[nn.Module], backend: str = "inductor") -> Calls:
+def _compile(modules: Iterable[nn.Module], backend: str = "inductor") -> _Calls:
     """What each module may be called by in place of its own code; compiled when it is first called."""
-    calls: Calls = {}
+    calls: _Calls = {}
     for module in modules:
         module.compile(dynamic=True, backend=backend)
         calls[module], module._compiled_call_impl = module._compiled_call_impl, None
@@ -96,7 +96,7 @@ def _compile(modules: Iterable[nn.Module], backend: str = "inductor") -> Calls:
 
 
 @contextmanager
-def _called(calls: Calls) -> Iterator[None]:
+def _called(calls: _Calls) -> Iterator[None]:
     for module, call in calls.items():
         module._compiled_call_impl = call
     try:

@@ -13,8 +13,6 @@ _SHAREGPT_ROLES = {
     "user": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
     "assistant": "assistant",
     "system": "system",
     "tool": "tool",
@@ -52,7 +50,7 @@ def read_conversations(turns: Any, system: Any = None) -> list[Message]:
     """LLaVA's and ShareGPT's `[{"from": "human", "value": "<image> ..."}, ...]` -> typed messages.
 
     Args:
-        turns: the row's `conversations`.
+        turns: the row's `conversations`; OpenAI's messages under that name are read as such.
         system: the row's `system`, which some ShareGPT files have beside the turns; None or "" for none.
 
     Raises:
@@ -61,7 +59,7 @@ def read_conversations(turns: Any, system: Any = None) -> list[Message]:
     if not isinstance(turns, list) or not turns:
         raise MessageError('"conversations" is no filled list: write [{"from": "human", "value": "..."}, ...]')
     if all(isinstance(turn, dict) and "role" in turn for turn in turns):
-        return _behind_system(turns, system)  # OpenAI's messages under ShareGPT's name
+        return _behind_system(turns, system)
     messages = []
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:

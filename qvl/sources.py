@@ -192,33 +192,40 @@ def _index_lines(path: Path, lines: Iterable[bytes]) -> list[_Place]:
 
 def _index_array(path: Path, content: bytes) -> list[_Place]:
     """Elements of a JSON array, as LLaVA and ShareGPT publish their rows."""
-    # One character a byte, whatever the encoding: what gives an array its structure is ASCII.
-    text = content.decode("latin-1")
-    decoder = json.JSONDecoder()
     found: list[_Place] = []
-    position = _NOT_SPACE.search(text, text.index("[") + 1)
     try:
-        while position and position[0] != "]":
-            start = position.start()
-            _, end = decoder.raw_decode(text, start)
-            number = len(found)
-            found.append(
-                _Place(path, f"{path.name}[{number}]", number + 1, start, end - start, _split_of(content[start:end]))
-            )
-            position = _NOT_SPACE.search(text, end)
-            if position and position[0] == ",":
-                position = _NOT_SPACE.search(text, position.end())
-            elif position and position[0] != "]":
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, position.start())
-        if position is None:
-            raise json.JSONDecodeError("Expecting ']' at the end", text, len(text))
-    except (ValueError, RecursionError) as error:
-        at = f"{path.name}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path.name
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise UserError(
-            f"{at}: element [{len(found)}] of the array is no valid JSON ({reason}): correct it."
-        ) from error
+        # One character a byte, whatever the encoding: what gives an array its structure is ASCII.
+        for number, (start, end) in enumerate(_elements(content.decode("latin-1"))):
+            split = _split_of(content[start:end])
+            found.append(_Place(path, f"{path.name}[{number}]", number + 1, start, end - start, split))
+    except json.JSONDecodeError as error:
+        where = f"{path.name}:{error.lineno}: element [{len(found)}] of the array"
+        raise UserError(f"{where} is no valid JSON ({error.msg}): correct it.") from error
+    except RecursionError as error:
+        raise UserError(f"{path.name}[{len(found)}]: is nested too deeply: write a plain row.") from error
     return found
+
+
+def _elements(text: str) -> Iterator[tuple[int, int]]:
+    """Start and end of each element of the JSON array that a text holds."""
+    decoder = json.JSONDecoder()
+    position = _next_mark(text, text.index("[") + 1)
+    while text[position] != "]":
+        _, end = decoder.raw_decode(text, position)
+        yield position, end
+        position = _next_mark(text, end)
+        if text[position] == ",":
+            position = _next_mark(text, position + 1)
+        elif text[position] != "]":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+
+
+def _next_mark(text: str, position: int) -> int:
+    """The next character that is no space."""
+    found = _NOT_SPACE.search(text, position)
+    if found is None:
+        raise json.JSONDecodeError("Expecting ']' at the end", text, len(text))
+    return found.start()
 
 
 def _refuse_other_formats(path: Path, first_line: bytes) -> None:
