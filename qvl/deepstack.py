@@ -2,7 +2,7 @@
 
 transformers picks the visual tokens by a boolean mask, whose number of hits the host has to wait for: three times in a
 forward pass, and six times in a backward pass, near its end. The host has launched nothing ahead then, and the device
-is idle while the gradients are clipped and the optimizer runs (40 ms a step with an 8B model on an H100).
+is idle while the gradients are clipped and the optimizer runs (34 ms of a step of 711 with an 8B model on an H100).
 """
 
 import torch

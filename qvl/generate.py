@@ -38,7 +38,7 @@ class Decoding:
         batch_size: prompts decoded together; None chooses by the free memory of a CUDA device.
         seed: seeds the sampling, for each batch anew, so that the number of processes does not matter.
         num_workers: processes that decode images and tokenize ahead of the model.
-        compile_layers: on CUDA, compile what can be, which takes a tenth less time and some seconds once.
+        compile_layers: on CUDA, compile what can be, which takes a sixth less time and some seconds once.
     """
 
     max_new_tokens: int

@@ -127,8 +127,8 @@ class GraphedDecoding:
 def _captured(work: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
     """Records what `work` launches, without running it.
 
-    `torch.cuda.graph` would empty all caches before: the pinned memory of the batches to come among them, which takes
-    longer to make again than the capture.
+    `torch.cuda.graph` would empty all caches before: the pinned memory of the batches to come among them, which would
+    have to be made again.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
