@@ -106,7 +106,7 @@ def test_a_step_through_several_layers_peaks_where_the_formula_says(name: str, m
     assert predicted == pytest.approx(counted.peak, rel=0.03)
 
 
-@pytest.mark.parametrize("row", MEASURED, ids=lambda row: row["name"])
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row['model']}, {row['name']}")
 def test_predictions_are_within_a_tenth_of_measured_peaks(row: dict[str, Any]) -> None:
     needs = needs_of(row["model"], LongestRows(**row["rows"]), *shlex.split(row["flags"]))
     if row["stage"] == "answering":
