@@ -84,6 +84,12 @@ class PhaseSwitch(TrainerCallback):
     def _enter(self, phase: str, at_its_start: bool) -> None:
         self._phase = phase
         switch_lora(self.model, on=phase == "instruct")
+        if phase == "align":
+            # A batch without an image goes past the projector: its loss would depend on nothing that trains, and have
+            # no backward pass.
+            base = self.model.get_base_model()
+            base.disable_input_require_grads()
+            base.enable_input_require_grads()
         if at_its_start:
             self._starts[phase] = self._hashes()
 

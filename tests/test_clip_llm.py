@@ -15,7 +15,14 @@ import transformers
 from packaging.version import Version
 from peft import get_peft_model
 from tiny import CPU, answered, conversation, message, picture, settings_for
-from transformers import CLIPVisionConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    CLIPVisionConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from qvl.adapters import lora_config, report_parameters
@@ -326,6 +333,17 @@ def test_lora_has_no_gradient_while_it_is_off_and_the_projector_has() -> None:
         had = {name: p.grad is not None and bool(p.grad.any()) for name, p in model.named_parameters()}
         assert any(had[name] for name in had if ".lora_B." in name) == is_on
         assert all(had[name] for name in had if "modules_to_save.default" in name)
+
+
+def test_a_batch_without_an_image_has_a_backward_pass_in_align() -> None:
+    model, parts = adapted_composition()
+    switch = PhaseSwitch(model, parts, ["align"], 0.25)
+    batch = CompletionCollator(processor(), None)([answered("Say it again : A star .", "A star .")])
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        model(**batch).loss.backward()
+    switch.on_train_begin(TrainingArguments(use_cpu=True), TrainerState(max_steps=2), TrainerControl())
+    model(**batch).loss.backward()
+    assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_the_phases_share_the_steps() -> None:
