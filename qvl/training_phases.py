@@ -1,8 +1,9 @@
 """The phases of a training with a projector: `align` moves the projector alone, `instruct` the LoRA layers too.
 
 Both are one training with one schedule and one chain of checkpoints, in which LoRA is switched on at a step: resuming,
-stopping early and choosing the best checkpoint go as in any other training. While LoRA is off its layers compute
-nothing and have no gradients.
+stopping early and choosing the best checkpoint go as in any other training. Before, fresh LoRA
+layers compute nothing and have no gradients; those of `--adapter` compute, as the projector will be used with them, and
+stay as they are.
 """
 
 from collections.abc import Sequence
@@ -24,21 +25,28 @@ class PhaseSwitch(TrainerCallback):
         parts: what is trained whole beside it.
         phases: of `--phase`, in their order.
         align_share: share of the optimizer steps that `align` takes where both run.
+        has_learned_lora: whether the adapter was trained before: `align` then freezes LoRA and leaves it on.
     """
 
     def __init__(
-        self, model: PeftModel, parts: Sequence[TrainedPart], phases: Sequence[str], align_share: float
+        self,
+        model: PeftModel,
+        parts: Sequence[TrainedPart],
+        phases: Sequence[str],
+        align_share: float,
+        has_learned_lora: bool = False,
     ) -> None:
         self.model = model
         self.parts = parts
         self.phases = tuple(phases)
         self.align_share = align_share
+        self.has_learned_lora = has_learned_lora
         self._starts: dict[str, dict[str, int]] = {}
         self._ends: dict[str, dict[str, int]] = {}
         self._phase = self.phases[0]
         if self.phases == ("align",):
             # Before an optimizer is made: LoRA has no place in it.
-            switch_lora(model, on=False)
+            self._hold_lora()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -83,8 +91,10 @@ class PhaseSwitch(TrainerCallback):
 
     def _enter(self, phase: str, at_its_start: bool) -> None:
         self._phase = phase
-        switch_lora(self.model, on=phase == "instruct")
-        if phase == "align":
+        if phase == "instruct":
+            switch_lora(self.model, on=True)
+        else:
+            self._hold_lora()
             # A batch without an image goes past the projector: its loss would depend on nothing that trains, and have
             # no backward pass.
             base = self.model.get_base_model()
@@ -92,6 +102,12 @@ class PhaseSwitch(TrainerCallback):
             base.enable_input_require_grads()
         if at_its_start:
             self._starts[phase] = self._hashes()
+
+    def _hold_lora(self) -> None:
+        switch_lora(self.model, on=self.has_learned_lora)
+        for name, parameter in self.model.named_parameters():
+            if ".lora_" in name:
+                parameter.requires_grad_(False)
 
     def _hashes(self) -> dict[str, int]:
         """Of LoRA and of what is trained whole, whether it is being trained now or not."""
@@ -136,7 +152,8 @@ def phase_switches(settings: Settings, model: PeftModel, parts: Sequence[Trained
     """The switch between the run's phases; none where no projector is trained, and so nothing to align."""
     recipe = settings.recipe
     aligns = any(part.name == "projector" for part in parts)
-    return [PhaseSwitch(model, parts, recipe.phase, recipe.align_share)] if aligns else []
+    has_learned_lora = recipe.adapter is not None
+    return [PhaseSwitch(model, parts, recipe.phase, recipe.align_share, has_learned_lora)] if aligns else []
 
 
 def switch_lora(model: PeftModel, on: bool) -> None:

@@ -346,6 +346,30 @@ def test_a_batch_without_an_image_has_a_backward_pass_in_align() -> None:
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_align_keeps_the_lora_of_an_adapter_as_it_is_and_on() -> None:
+    model, parts = adapted_composition()
+    model.eval()
+    batch = batch_of()
+    lora = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    with torch.no_grad():
+        fresh = model(**batch).logits
+        for parameter in lora.values():
+            parameter.add_(0.1)
+        expected = model(**batch).logits
+    assert not torch.allclose(fresh, expected, atol=1e-2)
+    switch = PhaseSwitch(model, parts, ["align", "instruct"], 0.5, has_learned_lora=True)
+    arguments, state, control = TrainingArguments(use_cpu=True), TrainerState(max_steps=2), TrainerControl()
+    switch.on_train_begin(arguments, state, control)
+    output = model(**batch)
+    assert torch.equal(output.logits, expected)
+    output.loss.backward()
+    assert all(parameter.grad is None for parameter in lora.values())
+    assert any(p.grad is not None for name, p in model.named_parameters() if "modules_to_save.default" in name)
+    state.global_step = 1
+    switch.on_step_end(arguments, state, control)
+    assert all(parameter.requires_grad for parameter in lora.values())
+
+
 def test_the_phases_share_the_steps() -> None:
     model, parts = adapted_composition()
 
