@@ -40,5 +40,9 @@ def with_images(template: str, image_token: str) -> str:
         Jinja source. What the template makes of messages without images stays, but that a template with a switch for
         thinking (`enable_thinking`, Qwen3's) has it off unless it is given.
     """
-    thinking = _WITHOUT_THOUGHTS if "enable_thinking" in template else ""
-    return _JOINING.replace("IMAGE_TOKEN", image_token) + thinking + template
+    return _JOINING.replace("IMAGE_TOKEN", image_token) + without_thoughts(template)
+
+
+def without_thoughts(template: str) -> str:
+    """The template with its switch for thinking off unless it is given; as it is where it has none."""
+    return _WITHOUT_THOUGHTS + template if "enable_thinking" in template else template

@@ -22,7 +22,7 @@ from qvl.deepstack import add_deepstack_without_waiting
 from qvl.encode import ProcessingClass, tokenizer_of
 from qvl.errors import UserError
 from qvl.hub_errors import hub_errors_explained
-from qvl.image_template import with_images
+from qvl.image_template import with_images, without_thoughts
 from qvl.model_names import model_source
 from qvl.padding_token import ensure_padding_token
 from qvl.settings import Settings
@@ -88,6 +88,9 @@ def load_processing_class(settings: Settings, folder: Path | None = None) -> Pro
         raise UserError(
             f"{name} has no chat template: use an instruction-tuned model or --chat_template_path FILE.jinja."
         )
+    if settings.recipe.vision_mode == "text" and (folder is None or template is not None):
+        # As in the composition that it is the baseline of.
+        processing_class.chat_template = without_thoughts(str(processing_class.chat_template))
     chosen = ensure_padding_token(tokenizer_of(processing_class), str(processing_class.chat_template))
     if chosen is not None:
         print(f"The tokenizer has no padding token of its own, batches are padded with {chosen}.", flush=True)

@@ -33,6 +33,7 @@ from qvl.encode import segments, tokenize
 from qvl.errors import UserError
 from qvl.examples import undecoded_examples
 from qvl.features import encoder_inputs, require_frozen_vision
+from qvl.generate import PromptCollator
 from qvl.held_out import token_sums
 from qvl.image_projector import ImageProjector, image_token_counts, pooled, projector_inputs
 from qvl.image_template import with_images
@@ -259,6 +260,25 @@ def test_every_answer_of_a_conversation_is_trained_and_nothing_else(name: str) -
     assert sum(segment.text.count(IMAGE_TOKEN) for segment in marked if not segment.is_target) == 1
     (prompt, answer) = segments(answered("What ?", "A star .", [picture(96, 96)]), made)
     assert answer.text == "A star .<|im_end|>" and prompt.text.count(IMAGE_TOKEN) == 1
+
+
+@needs_shapes
+@pytest.mark.parametrize("name", REAL)
+def test_words_in_place_of_an_image_change_nothing_else(name: str, real: Path) -> None:
+    def parts(*argv: str, words: str, images: list[Any]) -> tuple[str, list[str]]:
+        made = load_processing_class(real_settings(name, real, *argv))
+        shown = [{"type": "image"}] if images else [{"type": "text", "text": words}]
+        content = [*shown, *message("user", "What is this ?")["content"]]
+        row = answered("", "A star .", images) | {"prompt": [{"role": "user", "content": content}]}
+        tokenizer = getattr(made, "tokenizer", made)
+        asked = PromptCollator(made)([{"prompt": row["prompt"], "images": images}])["input_ids"][0]
+        prompt = tokenizer.decode([token for token in asked if token != getattr(made, "image_token_id", None)])
+        return prompt.replace(words, ""), [part.text for part in segments(row, made) if part.is_target]
+
+    words = "[Image: a star]"
+    seen = parts(words=words, images=[picture(96, 96)])
+    assert parts("--vision_mode", "text", words=words, images=[]) == seen
+    assert seen[1] == ["A star .<|im_end|>"]
 
 
 # --- the projector
