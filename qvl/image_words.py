@@ -104,7 +104,7 @@ def zero_shot_tags(
     """The words that a CLIP finds likeliest for each picture, by the cosine of "a <word>" and the image.
 
     Args:
-        settings: name the CLIP.
+        settings: name the CLIP, which is not loaded where no image needs tags.
         device: where it computes.
         data_sets: rows of `qvl.data`; rows with a caption of their own and one image are passed over.
         words: to choose from.
@@ -112,6 +112,10 @@ def zero_shot_tags(
     Raises:
         UserError: `--vision_encoder` has no text tower, or there are no words.
     """
+    seen: set[str] = set()
+    to_tag = [(dataset, _rows_to_tag(dataset, seen)) for dataset in data_sets]
+    if not seen:
+        return {}
     if not words:
         raise UserError(
             "--vision_mode text takes tags from the words of the training answers, and none occurs in two answers and "
@@ -131,8 +135,8 @@ def zero_shot_tags(
     with torch.inference_mode():
         of_words = torch.nn.functional.normalize(model.get_text_features(**texts).pooler_output, dim=-1)
         found: dict[str, list[list[str]]] = {}
-        for dataset in data_sets:
-            for index in tqdm(_rows_to_tag(dataset, found), desc="tagging images", unit="row"):
+        for dataset, indices in to_tag:
+            for index in tqdm(indices, desc="tagging images", unit="row"):
                 pictures = dataset[index]["images"]
                 pixels = processor(images=pictures, return_tensors="pt").to(device)
                 of_images = torch.nn.functional.normalize(model.get_image_features(**pixels).pooler_output, dim=-1)
@@ -142,13 +146,19 @@ def zero_shot_tags(
     return found
 
 
-def _rows_to_tag(dataset: datasets.Dataset, found: Mapping[str, Any]) -> list[int]:
-    """The first row of each image, of rows with images and no caption to take instead."""
+def _rows_to_tag(dataset: datasets.Dataset, seen: set[str]) -> list[int]:
+    """The first row of each image, of rows with images and no caption to take instead.
+
+    Args:
+        dataset: rows of `qvl.data`.
+        seen: images by their column `image_refs` that other rows stand for; grows.
+    """
     stored = dataset.with_format(None)
-    first: dict[str, int] = {}
+    first = []
     for index, (refs, sizes, caption) in enumerate(
         zip(stored["image_refs"][:], stored["image_sizes"][:], stored["caption"][:], strict=True)
     ):
-        if sizes and not (caption and len(sizes) == 1) and refs not in found:
-            first.setdefault(refs, index)
-    return list(first.values())
+        if sizes and not (caption and len(sizes) == 1) and refs not in seen:
+            seen.add(refs)
+            first.append(index)
+    return first

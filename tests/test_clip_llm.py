@@ -525,9 +525,19 @@ def test_an_answer_never_becomes_the_prompt(tmp_path: Path) -> None:
         assert "secret" not in json.dumps(row["prompt"])
 
 
-def test_without_words_to_choose_from_it_says_so() -> None:
+def test_without_words_to_choose_from_it_says_so(tmp_path: Path) -> None:
+    data = rows_with_pictures(tmp_path)
     with pytest.raises(UserError, match='give the rows a "caption"'):
-        zero_shot_tags(composed("--vision_mode", "text"), CPU, [], [])
+        zero_shot_tags(composed("--vision_mode", "text"), CPU, [data.train], [])
+
+
+def test_rows_with_captions_of_their_own_need_neither_tags_nor_a_clip(tmp_path: Path) -> None:
+    data = rows_with_pictures(tmp_path)
+    both = [data.train, data.evaluation]
+    captions = [dataset.with_format(None)["caption"][:] for dataset in both]
+    captioned = [rows.select([n for n, own in enumerate(c) if own]) for rows, c in zip(both, captions, strict=True)]
+    assert sum(map(len, captioned)) == 1
+    assert zero_shot_tags(composed("--vision_mode", "text", encoder="nowhere"), CPU, captioned, []) == {}
 
 
 def test_the_tiny_clips_tokenizer_is_the_same_every_time() -> None:
