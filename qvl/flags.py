@@ -237,6 +237,11 @@ class RecipeArguments:
             is_changed = getattr(self, item.name) != item.default
             if item.name in _OF_VISION_ENCODER and is_changed and self.vision_encoder is None:
                 raise UserError(f"--{item.name} has no effect without --vision_encoder: add it, or leave it out.")
+        if self.vision_mode == "text" and self.cache_vision_features:
+            raise UserError(
+                "--cache_vision_features keeps what a projector is given, and --vision_mode text has none: leave one "
+                "of them out."
+            )
         self.phase = [phase for phase in PHASES if phase in self.phase]
         if not self.phase:
             raise UserError(f"--phase is empty: name some of {', '.join(PHASES)}.")

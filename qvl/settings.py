@@ -53,6 +53,12 @@ _NEW_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
+# Defaults of a recipe that would contradict what the user asks for, with the flag and the value that switch them off.
+_YIELDING_DEFAULTS: dict[str, tuple[str, Any]] = {
+    "load_in_4bit": ("load_in_8bit", True),
+    "load_in_8bit": ("load_in_4bit", True),
+    "cache_vision_features": ("vision_mode", "text"),
+}
 
 
 @dataclasses.dataclass
@@ -145,10 +151,12 @@ def parse_settings(
 
     config = _checked({**(continued or {}), **config}, actions, "--config key")
     smoke = smoke_defaults if typed.get("smoke", config.get("smoke")) else {}
-    for values in (_checked(defaults, actions, "recipe default"), _checked(smoke, actions, "smoke default"), config):
+    own = {**_checked(defaults, actions, "recipe default"), **_checked(smoke, actions, "smoke default")}
+    own = _without_contradictions(own, {**config, **typed})
+    for values in (own, config):
         parser.set_defaults_with_config(**values)
     namespace = vars(parser.parse_args(arguments))
-    mentioned = {key: namespace[key] for key in {**defaults, **smoke, **config, **typed}}
+    mentioned = {key: namespace[key] for key in {**own, **config, **typed}}
     changed = {key: value for key, value in mentioned.items() if _plain(value) != upstream[key]}
     _refuse(changed, mentioned)
     if namespace["load_in_4bit"] and namespace["load_in_8bit"]:
@@ -156,7 +164,7 @@ def parse_settings(
             "--load_in_4bit or --load_in_8bit, not both: switch the other one off, such as `--load_in_4bit false`."
         )
     # A settings.yaml fed back mentions everything; of a file, what differs from upstream's default defines the run.
-    given = {key: value for key, value in mentioned.items() if key in {**defaults, **smoke, **typed, **changed}}
+    given = {key: value for key, value in mentioned.items() if key in {**own, **typed, **changed}}
 
     precision_given = {key: mentioned[key] for key in _PRECISION_KEYS if key in mentioned}
     precision = choose_precision(find_device(bool(precision_given.get("use_cpu"))), precision_given)
@@ -172,6 +180,12 @@ def parse_settings(
         raise UserError(f"These settings do not go together: {error}") from error
     _require_sane_values(model, training)
     return Settings(recipe, training, model, given, output_dir)
+
+
+def _without_contradictions(defaults: Mapping[str, Any], asked_for: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's defaults, those switched off that what the user asks for contradicts."""
+    off = {key: False for key, (flag, value) in _YIELDING_DEFAULTS.items() if asked_for.get(flag) == value}
+    return {key: off.get(key, value) for key, value in defaults.items()}
 
 
 def _require_sane_values(model: ModelConfig, training: SFTConfig) -> None:

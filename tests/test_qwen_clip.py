@@ -214,7 +214,7 @@ def test_align_alone_trains_no_lora_and_its_adapter_goes_on(outputs: Path) -> No
 
 @pytest.mark.slow
 def test_images_as_words_take_the_same_path(outputs: Path) -> None:
-    flags = {**SHORT, "vision_mode": "text", "cache_vision_features": False, "max_steps": 2}
+    flags = {**SHORT, "vision_mode": "text", "max_steps": 2}
     run(RECIPE, {**flags, "output_dir": str(outputs / "words")})
     rows = read_jsonl(outputs / "words" / "finetuned_predictions.jsonl")
     assert all(row["prompt"].startswith("[Image: ") and row["image"] for row in rows)

@@ -246,6 +246,29 @@ def test_none_on_the_command_line_beats_a_recipe_default() -> None:
     assert parse(num_train_examples=None, defaults=DEFAULTS).recipe.num_train_examples is None
 
 
+@pytest.mark.parametrize(("default", "asked_for"), [("4", "8"), ("8", "4")])
+def test_the_quantization_asked_for_beats_a_recipes_other_one(default: str, asked_for: str, tmp_path: Path) -> None:
+    other, wanted = f"load_in_{default}bit", f"load_in_{asked_for}bit"
+    defaults = {**DEFAULTS, other: True}
+    for settings in (
+        parse(f"--{wanted}", defaults=defaults),
+        parse(f"--{wanted}", "--smoke", defaults=DEFAULTS, smoke={other: True}),
+        parse("--config", config_file(tmp_path, **{wanted: True}), defaults=defaults),
+        parse(defaults=defaults, **{wanted: True}),
+    ):
+        assert (value_of(settings, wanted), value_of(settings, other)) == (True, False)
+    assert value_of(parse(f"--{wanted}", "false", defaults=defaults), other) is True
+    assert "not both" in refusal(f"--{wanted}", f"--{other}", defaults=defaults)
+
+
+def test_images_as_words_switch_a_recipes_feature_cache_off() -> None:
+    smoke = {"cache_vision_features": True, "vision_encoder": "clip"}
+    assert parse("--smoke", smoke=smoke).recipe.cache_vision_features
+    words = ["--smoke", "--vision_mode", "text"]
+    assert not parse(*words, smoke=smoke).recipe.cache_vision_features
+    assert "--cache_vision_features" in refusal(*words, "--cache_vision_features", smoke=smoke)
+
+
 def test_overrides_of_a_sweep_pass_the_same_checks() -> None:
     settings = parse(
         learning_rate=1e-3,
