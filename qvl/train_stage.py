@@ -23,7 +23,7 @@ from qvl.clip_llm import composition_record, is_composed
 from qvl.collators import CompletionCollator
 from qvl.data import separate_completions
 from qvl.encode import tokenizer_of
-from qvl.errors import Terminated
+from qvl.errors import Terminated, UserError
 from qvl.eval_generations import EvalGenerations
 from qvl.examples import undecoded_examples
 from qvl.features import require_frozen_vision
@@ -59,6 +59,7 @@ def train_adapter(run: Run, resume_from: Path | None) -> None:
 
 
 def _train_adapter(run: Run, resume_from: Path | None) -> None:
+    _require_images_for_parts(run)
     rows, collator = prepare_training_rows(run)
     trained_rows = packed_if_wanted(run, rows, collator)
     _say_what_comes_twice(run, len(trained_rows))
@@ -123,6 +124,17 @@ def _train_adapter(run: Run, resume_from: Path | None) -> None:
         shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
     checks.require_passed(verdicts)
     print(f"{len(verdicts)} checks passed: adapter placed right and moved, frozen tensors unchanged.", flush=True)
+
+
+def _require_images_for_parts(run: Run) -> None:
+    """Stops where a part that only images go through is to be trained, and no row has one."""
+    parts = names_of_trained_parts(run.settings)
+    if parts and not run.data.summary.train.num_images:
+        raise UserError(
+            f"--train_{parts[0]}: no training row of {run.data.summary.dataset_name} has an image, and nothing else "
+            f"reaches the {parts[0]}. Name rows with images, or train LoRA alone: --train_{parts[0]} false"
+            + (" --phase instruct." if "align" in run.settings.recipe.phase else ".")
+        )
 
 
 def _distributions_of_first(run: Run, model: PreTrainedModel | PeftModel, rows: Dataset) -> list[torch.Tensor]:

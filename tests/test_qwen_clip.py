@@ -212,6 +212,16 @@ def test_align_alone_trains_no_lora_and_its_adapter_goes_on(outputs: Path) -> No
     assert "lora_still_in_align" not in checks
 
 
+def test_rows_without_images_cannot_teach_a_projector(outputs: Path) -> None:
+    turns = [("user", "Say it again : {} stars ."), ("assistant", "{} stars .")]
+    rows = [{"messages": [{"role": role, "content": text.format(n)} for role, text in turns]} for n in range(24)]
+    data = outputs / "text.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    flags = {**SHORT, "dataset_name": str(data), "stages": ["train"], "output_dir": str(outputs / "text")}
+    with pytest.raises(UserError, match=r"no training row .* has an image.*--train_projector false --phase instruct"):
+        run(RECIPE, flags)
+
+
 @pytest.mark.slow
 def test_images_as_words_take_the_same_path(outputs: Path) -> None:
     flags = {**SHORT, "vision_mode": "text", "max_steps": 2}
