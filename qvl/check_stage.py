@@ -40,7 +40,7 @@ from qvl.generate import Decoding
 from qvl.held_out import held_out_losses
 from qvl.models import load_base, load_config, skeleton
 from qvl.train_stage import trainer_arguments
-from qvl.trained_parts import round_to_base, trained_parts
+from qvl.trained_parts import round_to_base, take_off, trained_parts
 from qvl.trainer import build_trainer, train
 from qvl.training_form import training_form
 
@@ -65,7 +65,8 @@ def check(run: Run) -> None:
         {**{f"check_{c.name}": c.value for c in verdicts}, "num_checks_failed": len(checks.failed(verdicts))}
     )
     if captions:
-        print("\n".join(["The free photos, as the base model sees them:", *captions]), flush=True)
+        model = "model with the adapter" if is_composed(run.settings) else "base model"
+        print("\n".join([f"The free photos, as the {model} sees them:", *captions]), flush=True)
     checks.require_passed(verdicts)
 
 
@@ -80,7 +81,8 @@ def all_checks(run: Run, has_learned: bool = True) -> tuple[list[Check], list[st
             and have no full precision to be compared with.
 
     Returns:
-        The verdicts, and the base model's captions of the free photos (none from a text-only model).
+        The verdicts, and captions of the free photos by the base model, or by a composition with `--adapter` (none from
+        a text-only model, nor from a composition whose projector is still as it was drawn).
     """
     stage = _CheckStage(run, has_learned)
     try:
@@ -98,6 +100,9 @@ class _CheckStage:
     def __init__(self, run: Run, has_learned: bool) -> None:
         self.run = run
         self.has_learned = has_learned
+        self.is_composed = is_composed(run.settings)
+        # The projector of a composition begins at random: before a training of its own no answer follows anything.
+        self.judges_answers = has_learned and (not self.is_composed or run.settings.recipe.adapter is not None)
         self.verdicts: list[Check] = []
         self.captions: list[str] = []
         self.collator = CompletionCollator(run.processing_class, max_length=None)
@@ -120,13 +125,21 @@ class _CheckStage:
         image_id = getattr(self.run.processing_class, "image_token_id", None)
         if image_id is not None:
             self._note([model_checks.check_image_places(self.base, self.collator, image_id)])
-        self._note(behaviour_checks.check_routing(self.base, self.compared, self.collator, self.has_learned))
         if self.full is not None:
-            full = self._measure(self.full)
-            self._note([number_checks.check_quantization_divergence(self.base_distributions, full)])
-        self._check_alignment(self.base, self.full, "before_training")
-        if self.has_learned:
-            self._check_generation(self.base)
+            of_full = self._measure(self.full)
+            self._note([number_checks.check_quantization_divergence(self.base_distributions, of_full)])
+        if self.has_learned and not self.judges_answers:
+            print(
+                "Not checked: whether answers follow text and images, and how they end. The projector is still as it "
+                "was drawn; --adapter RUN/adapter checks a trained one.",
+                flush=True,
+            )
+        with self._as_they_answer() as (model, full):
+            self._note(behaviour_checks.check_routing(model, self.compared, self.collator, self.judges_answers))
+            self._check_alignment(model, full, "before_training")
+            if self.judges_answers:
+                self._check_generation(model)
+                self.captions = self._caption_photos(model)
 
     def train(self) -> PeftModel:
         """A fresh adapter, its place, its gradients, and a few rows learned by heart."""
@@ -173,13 +186,27 @@ class _CheckStage:
             self._note([verdict])
             full = adapters.load_adapter(self.full, Path(folder)) if self.full is not None else None
         self._check_alignment(model, full, "after_training")
-        with model.disable_adapter():
-            self.captions = self._caption_photos(model)
         if full is not None:
             self._note([training_checks.check_merge(full, self._measure, is_4bit=False)])
             self.full = full = None
         if self.bits != 8:  # peft merges into 8-bit weights only with their outliers rounded away
             self._note([training_checks.check_merge(model, self._measure, is_4bit=self.bits == 4)])
+
+    @contextmanager
+    def _as_they_answer(self) -> Iterator[tuple[Any, Any]]:
+        """Base and full weights in the form whose answers are judged: those of a composition under `--adapter`."""
+        adapter = self.run.settings.recipe.adapter
+        if not self.is_composed or adapter is None:
+            yield self.base, self.full
+            return
+        model = adapters.load_adapter(self.base, Path(adapter)).eval()
+        full = adapters.load_adapter(self.full, Path(adapter)).eval() if self.full is not None else None
+        try:
+            yield model, full
+        finally:
+            take_off(model)
+            if full is not None:
+                take_off(full)
 
     def _note(self, verdicts: Iterable[Check]) -> None:
         """Keeps verdicts, on disk at once: a later check may run out of memory."""
@@ -190,10 +217,7 @@ class _CheckStage:
         return answer_distributions(model, self.compared, self.collator)
 
     def _check_alignment(self, model: Any, full: Any, when: str) -> None:
-        if not (self.sees_images and self.has_learned):
-            return
-        # The projector of a composition begins at random, so nothing is seen before a training of its own.
-        if is_composed(self.run.settings) and (when == "before_training" or self.run.settings.recipe.adapter is None):
+        if not (self.sees_images and self.judges_answers):
             return
         size = len(self.compared)
         found = behaviour_checks.measure_alignment(model, self.rows, self.collator, size)
@@ -209,7 +233,7 @@ class _CheckStage:
         with _checkpointing(self.base) if training.gradient_checkpointing else nullcontext():
             self._note(number_checks.check_finite(model, batch))
 
-    def _check_generation(self, model: PreTrainedModel) -> None:
+    def _check_generation(self, model: PreTrainedModel | PeftModel) -> None:
         settings = self.run.settings
         prompts = [
             {"prompt": prompt_messages(row), "images": row["images"], "tools": row.get("tools")}
@@ -218,7 +242,7 @@ class _CheckStage:
         decoding = Decoding(settings.recipe.max_new_tokens, batch_size=len(prompts), seed=settings.training.seed)
         self._note(generation_checks.check_generation(model, self.run.processing_class, prompts, decoding))
 
-    def _caption_photos(self, model: PeftModel) -> list[str]:
+    def _caption_photos(self, model: PreTrainedModel | PeftModel) -> list[str]:
         settings = self.run.settings
         size = min(_NUM_COMPARED, settings.training.per_device_eval_batch_size)
         decoding = Decoding(settings.recipe.max_new_tokens, batch_size=size, seed=settings.training.seed)

@@ -17,7 +17,7 @@ from qvl import scenes
 from qvl.adapters import load_adapter
 from qvl.chat import main
 from qvl.collators import CompletionCollator
-from qvl.errors import UserError
+from qvl.errors import FailedCheckError, UserError
 from qvl.export import main as export
 from qvl.files import read_jsonl
 from qvl.models import load_base, load_processing_class
@@ -29,6 +29,15 @@ ROOT = Path(__file__).parents[1]
 SMOKE_LIMIT_SECONDS = 180
 # Measured: BLEU-4 0.639 of pictures, 0.244 of noise.
 LEAST_ABOVE_NOISE = 0.3
+# What the stage check measures of answers.
+OF_ANSWERS = {
+    "blanking_the_text_changes_the_answer",
+    "another_image_changes_the_answer",
+    "own_image_margin_before_training",
+    "own_image_margin_after_training",
+    "answers_without_end",
+    "repetition_rate",
+}
 SHORT = {
     "smoke": True,
     "num_train_examples": 16,
@@ -210,6 +219,32 @@ def test_align_alone_trains_no_lora_and_its_adapter_goes_on(outputs: Path) -> No
     checks = checks_of(outputs / "instruct")
     assert checks["lora_moved_in_instruct"]["passed"] and checks["projector_moved_in_instruct"]["passed"]
     assert "lora_still_in_align" not in checks
+
+
+@pytest.mark.slow
+def test_a_projector_as_it_was_drawn_is_not_asked_for_answers(
+    outputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(RECIPE, {"smoke": True, "stages": ["check"], "output_dir": str(outputs / "check")})
+    checks, screen = checks_of(outputs / "check"), capsys.readouterr().out
+    assert all(check["passed"] for check in checks.values()) and "overfit_loss_ratio" in checks
+    assert checks.keys().isdisjoint(OF_ANSWERS)
+    assert "--adapter RUN/adapter checks a trained one" in screen and "free photos" not in screen
+
+
+@pytest.mark.slow
+def test_answers_are_checked_with_the_adapter(
+    smoke: tuple[Path, str, float], outputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {"smoke": True, "stages": ["check"], "adapter": str(smoke[0] / "adapter")}
+    # Trained on one instruction alone it looks at the picture and hardly at the words.
+    with pytest.raises(FailedCheckError, match="blanking_the_text_changes_the_answer"):
+        run(RECIPE, {**flags, "output_dir": str(outputs / "check_adapter")})
+    checks = checks_of(outputs / "check_adapter")
+    assert checks.keys() >= OF_ANSWERS
+    failed = {name for name, check in checks.items() if not check["passed"]}
+    assert failed == {"blanking_the_text_changes_the_answer"}
+    assert "The free photos, as the model with the adapter sees them" in capsys.readouterr().out
 
 
 def test_rows_without_images_cannot_teach_a_projector(outputs: Path) -> None:
