@@ -41,6 +41,8 @@ IMAGE_TOKEN = "<image>"
 # LLaVA's choice: the last layer but one, without the token that stands for the whole image.
 _FEATURE_LAYER = -2
 _FEATURE_STRATEGY = "default"
+# How trained_with.json begins to say that patches are pooled.
+_NEEDS_QVL = "needs qvl"
 
 
 def is_composed(settings: Settings) -> bool:
@@ -282,10 +284,16 @@ def composition_record(settings: Settings, model: PreTrainedModel) -> dict[str, 
         "vision_encoder_commit": getattr(config.vision_config, "_commit_hash", None),
         "num_image_tokens": config.image_seq_length,
         "image_token_row": config.image_token_id,
-        "serving": "needs qvl, which pools the patches of an image before it projects them: `python -m qvl.chat`"
+        "serving": f"{_NEEDS_QVL}, which pools the patches of an image before it projects them: `python -m qvl.chat`"
         if is_pooled
-        else "a LlavaForConditionalGeneration of transformers with these two checkpoints' weights takes this adapter",
+        else "`python -m qvl.chat` puts its base together from the two checkpoints, and `python -m qvl.export --format "
+        "merged` makes a LlavaForConditionalGeneration for plain transformers of it",
     }
+
+
+def needs_qvl(trained: Mapping[str, Any]) -> bool:
+    """Whether plain transformers cannot serve a composition, not even merged, by its trained_with.json."""
+    return str(trained.get("serving")).startswith(_NEEDS_QVL)
 
 
 def require_same_composition(model: PreTrainedModel, trained: Mapping[str, Any], folder: Path) -> None:

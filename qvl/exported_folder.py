@@ -15,6 +15,7 @@ from qvl.adapter_origin import TRAINED_WITH, read_trained_with
 from qvl.adapters import require_adapter
 from qvl.answers import Prompts
 from qvl.checks import Check, require_passed, table
+from qvl.clip_llm import needs_qvl
 from qvl.data import LoadedData
 from qvl.errors import FailedCheckError, UserError
 from qvl.files import write_json_atomically, write_text_atomically
@@ -88,7 +89,7 @@ def _write_merged(adapter: Path, folder: Path, prompts: list[dict[str, Any]]) ->
     _require_mergeable(whole)
     print(f"Merging in {whole.name} ...", flush=True)
     said = _ask(whole, prompts)
-    notes = _notes(whole, trained)
+    notes = _notes(whole, trained, is_merged=True)
     if as_trained is not None:
         kind = "4-bit" if trained.get("load_in_4bit") else "8-bit"
         distance = describe_difference(as_trained, listen(whole, prompts, as_trained.answers))
@@ -104,7 +105,7 @@ def _write_merged(adapter: Path, folder: Path, prompts: list[dict[str, Any]]) ->
 def _write_adapter(adapter: Path, folder: Path, prompts: list[dict[str, Any]]) -> tuple[list[Check], list[str], bool]:
     first = load_trained(adapter, False, _GREEDY)
     said, sees_images = _ask(first, prompts), first.sees_images
-    notes = _notes(first, read_trained_with(adapter) or {})
+    notes = _notes(first, read_trained_with(adapter) or {}, is_merged=False)
     # The base may be part of qvl or a folder of this machine, and the processor need not have been saved beside it.
     shutil.copytree(adapter, folder, ignore=shutil.ignore_patterns(*_NOT_COPIED))
     first.processing_class.save_pretrained(folder)
@@ -114,10 +115,10 @@ def _write_adapter(adapter: Path, folder: Path, prompts: list[dict[str, Any]]) -
     return check_parity(said, again, most_nats=0.0, most_tie_nats=0.0), notes, sees_images
 
 
-def _notes(partner: TrainedModel, trained: Mapping[str, Any]) -> list[str]:
+def _notes(partner: TrainedModel, trained: Mapping[str, Any], is_merged: bool) -> list[str]:
     """What its user has to know: another base than that of the training, and what a composition asks of a server."""
-    serving = [f"Serving it: {trained['serving']}."] if "serving" in trained else []
-    return [*partner.warnings, *serving]
+    says_serving = "serving" in trained and (not is_merged or needs_qvl(trained))
+    return [*partner.warnings, *([f"Serving it: {trained['serving']}."] if says_serving else [])]
 
 
 def _save_merged(whole: TrainedModel, folder: Path, trained: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled as Offline
 
 from qvl.adapter_origin import read_trained_with
 from qvl.checks import Check
+from qvl.clip_llm import needs_qvl
 from qvl.data import DataSummary
 from qvl.mixture import read_mixture
 from qvl.redaction import redact
@@ -96,7 +97,7 @@ def model_card(exported: Exported) -> str:
         *_section("Training", _table(_training_rows(exported.settings, lora))),
         *_section("Base", _table(_base_rows(base, trained, licence))),
         *_section("Checked before it was saved", _check_lines(exported.verdicts)),
-        *_section("Use", _use_lines(exported, base)),
+        *_section("Use", _use_lines(exported, base, trained)),
         *_section("Versions", _table(sorted((trained.get("versions") or {}).items()))),
     ]
     return "\n".join(lines).rstrip() + "\n"
@@ -192,6 +193,7 @@ def _training_rows(settings: Mapping[str, Any], lora: Mapping[str, Any]) -> list
 def _base_rows(base: str, trained: Mapping[str, Any], licence: str | None) -> list[tuple[str, Any]]:
     return [
         ("model", _shown(base)),
+        ("vision encoder", _shown(trained["vision_encoder"]) if "vision_encoder" in trained else None),
         ("revision", trained.get("commit") or trained.get("revision")),
         ("SHA-256 of its config.json", trained.get("config_sha256")),
         ("SHA-256 of the chat template", trained.get("chat_template_sha256")),
@@ -206,7 +208,10 @@ def _check_lines(verdicts: Sequence[Check]) -> list[str]:
     return ["| check | value | of |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def _use_lines(exported: Exported, base: str) -> list[str]:
+def _use_lines(exported: Exported, base: str, trained: Mapping[str, Any]) -> list[str]:
+    is_composed = "vision_encoder" in trained
+    if is_composed and (needs_qvl(trained) or not exported.is_merged):
+        return _use_lines_of_composition(needs_qvl(trained))
     auto = "AutoModelForImageTextToText" if exported.sees_images else "AutoModelForCausalLM"
     processor = "AutoProcessor" if exported.sees_images else "AutoTokenizer"
     if exported.is_merged:
@@ -225,6 +230,29 @@ def _use_lines(exported: Exported, base: str) -> list[str]:
         'HERE = "this folder, or its name on the hub"',
         *load,
         f"{'processor' if exported.sees_images else 'tokenizer'} = {processor}.from_pretrained(HERE)",
+        "```",
+    ]
+
+
+def _use_lines_of_composition(pools_patches: bool) -> list[str]:
+    """No checkpoint holds its base, and only qvl puts that together."""
+    chat = ["```bash", "python -m qvl.chat --adapter HERE --image photo.jpg  # HERE: this folder", "```"]
+    if pools_patches:
+        return chat
+    return [
+        *chat,
+        "",
+        "Or as a whole model that plain transformers loads:",
+        "",
+        "```bash",
+        "python -m qvl.export --adapter HERE --format merged --out MERGED --prompts prompts.jsonl",
+        "```",
+        "",
+        "```python",
+        "from transformers import AutoProcessor, LlavaForConditionalGeneration",
+        "",
+        'model = LlavaForConditionalGeneration.from_pretrained("MERGED", dtype="auto", device_map="auto")',
+        'processor = AutoProcessor.from_pretrained("MERGED")',
         "```",
     ]
 

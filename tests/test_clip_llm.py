@@ -26,7 +26,7 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from qvl.adapters import lora_config, report_parameters
-from qvl.clip_llm import IMAGE_TOKEN, add_image_token
+from qvl.clip_llm import IMAGE_TOKEN, add_image_token, composition_record
 from qvl.collators import CompletionCollator
 from qvl.data import DataConfig, load_examples
 from qvl.encode import segments, tokenize
@@ -38,6 +38,7 @@ from qvl.held_out import token_sums
 from qvl.image_projector import ImageProjector, image_token_counts, pooled, projector_inputs
 from qvl.image_template import with_images
 from qvl.image_words import answer_words, images_as_words, zero_shot_tags
+from qvl.model_card import Exported, model_card
 from qvl.models import load_base, load_config, load_processing_class, quantization, skeleton
 from qvl.pretrain_clip import make_clip_processor
 from qvl.settings import Settings
@@ -476,6 +477,23 @@ def test_a_model_without_a_projector_has_none_to_train() -> None:
     settings = settings_for(TEXT, "--train_projector")
     with pytest.raises(UserError, match=r"--train_projector: .* has none"):
         trained_parts(load_base(settings, CPU), settings)
+
+
+# --- the model card
+
+
+@pytest.mark.parametrize("count", [64, 16])
+@pytest.mark.parametrize("is_merged", [True, False])
+def test_the_model_card_of_a_composition_names_what_loads_it(count: int, is_merged: bool, tmp_path: Path) -> None:
+    flags = ("--num_image_tokens", str(count))
+    record = {"base_model_name_or_path": "Qwen3-14B", **composition_record(composed(*flags), base(*flags))}
+    (tmp_path / "trained_with.json").write_text(json.dumps(record), encoding="utf-8")
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    card = model_card(Exported(tmp_path, is_merged, True, [], [], {}, {}, None))
+    assert f"| vision encoder | {CLIP} |" in card and 'from_pretrained("Qwen3-14B"' not in card
+    assert ("AutoModelForImageTextToText.from_pretrained(HERE" in card) == (is_merged and count == 64)
+    assert ("LlavaForConditionalGeneration.from_pretrained" in card) == (not is_merged and count == 64)
+    assert ("python -m qvl.chat --adapter HERE" in card) == (not is_merged or count == 16)
 
 
 # --- images as words

@@ -165,6 +165,7 @@ def test_chat_looks_at_a_picture_with_the_adapter_and_with_the_model_merged_from
         export(["--adapter", str(adapter), "--format", "merged", "--out", str(merged)])
     assert stopped.value.code == 0
     assert type(AutoModelForImageTextToText.from_pretrained(merged)) is LlavaForConditionalGeneration
+    assert "Serving it" not in (merged / "README.md").read_text(encoding="utf-8"), "which is what an adapter needs"
     capsys.readouterr()
     for folder in (adapter, merged):
         with pytest.raises(SystemExit) as stopped:
