@@ -17,16 +17,7 @@ def model_source(name: str) -> str:
     Raises:
         UserError: a GGUF file, a first-generation Qwen, or an embedded model that does not exist.
     """
-    if name.endswith(".gguf"):
-        raise UserError(
-            f"{name} is a GGUF file: its weights are packed for inference and cannot be trained or carry LoRA. "
-            'Dequantize it once to safetensors: python -c "from transformers import AutoModelForCausalLM as M, '
-            f"AutoTokenizer as T; of = dict(gguf_file='{Path(name).name}'); m = M.from_pretrained('FOLDER', **of); "
-            # transformers 5.23 holds the dense model for a packed one, which it would not save.
-            "m.hf_quantizer = None; m.config.__dict__.pop('quantization_config', None); m.save_pretrained('OUT'); "
-            "T.from_pretrained('FOLDER', **of).save_pretrained('OUT')\" (needs `pip install gguf`), then name OUT, or "
-            "name the model's original repository."
-        )
+    _refuse_gguf(name)
     embedded = ASSETS / name.removeprefix("qvl/")
     if name.startswith("qvl/"):
         if not embedded.is_dir():
@@ -35,6 +26,23 @@ def model_source(name: str) -> str:
         return str(embedded)
     _refuse_first_generation(name)
     return name
+
+
+def _refuse_gguf(name: str) -> None:
+    """A GGUF file, or a folder whose only weights are in one."""
+    folder = Path(name)
+    has_others = any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*"))
+    files = [folder] if name.endswith(".gguf") else [] if has_others else sorted(folder.glob("*.gguf"))
+    if files:
+        raise UserError(
+            f"{files[0]} is a GGUF file: its weights are packed for inference and cannot be trained or carry LoRA. "
+            'Dequantize it once to safetensors: python -c "from transformers import AutoModelForCausalLM as M, '
+            f"AutoTokenizer as T; of = dict(gguf_file='{files[0].name}'); m = M.from_pretrained('FOLDER', **of); "
+            # transformers 5.23 holds the dense model for a packed one, which it would not save.
+            "m.hf_quantizer = None; m.config.__dict__.pop('quantization_config', None); m.save_pretrained('OUT'); "
+            "T.from_pretrained('FOLDER', **of).save_pretrained('OUT')\" (needs `pip install gguf`), then name OUT, or "
+            "name the model's original repository."
+        )
 
 
 def _refuse_first_generation(name: str) -> None:

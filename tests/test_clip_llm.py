@@ -39,6 +39,7 @@ from qvl.image_projector import ImageProjector, image_token_counts, pooled, proj
 from qvl.image_template import with_images
 from qvl.image_words import answer_words, images_as_words, zero_shot_tags
 from qvl.model_card import Exported, model_card
+from qvl.model_names import model_source
 from qvl.models import load_base, load_config, load_processing_class, quantization, skeleton
 from qvl.pretrain_clip import make_clip_processor
 from qvl.settings import Settings
@@ -416,6 +417,13 @@ def fails(match: str, *argv: str, name: str = TEXT, encoder: str = CLIP) -> None
 
 def test_a_gguf_file_is_refused_with_the_command_that_mends_it() -> None:
     fails("GGUF file.*save_pretrained", name="Qwen3-14B-Q4_K_M.gguf")
+
+
+def test_a_folder_that_holds_only_a_gguf_file_is_refused_likewise(tmp_path: Path) -> None:
+    (tmp_path / "Q4.gguf").touch()
+    fails("Q4.gguf is a GGUF file.*gguf_file='Q4.gguf'", name=str(tmp_path))
+    (tmp_path / "model.safetensors").touch()
+    assert model_source(str(tmp_path)) == str(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen-14B", "Qwen/Qwen-7B-Chat", "folder"])
