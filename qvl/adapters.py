@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, set_seed
 from qvl.adapter_origin import read_trained_with
 from qvl.clip_llm import require_same_composition
 from qvl.errors import UserError
+from qvl.flags import TRAINABLE_PARTS
 from qvl.models import language_model_path
 from qvl.settings import Settings
 from qvl.trained_parts import TrainedPart, is_trained_whole, modules_to_save, trained_parts
@@ -198,8 +199,9 @@ def require_adapter_in_language_model(report: ParameterReport) -> None:
         UserError: trainable parameters outside of it.
     """
     if report.outside:
+        flags = ", ".join(f"--train_{part}" for part in TRAINABLE_PARTS)
         raise UserError(
             f"{len(report.outside)} trainable parameters sit outside the language model, the first is "
-            f"{report.outside[0]}. Vision parts stay frozen unless they are asked for (--train_merger, "
-            "--train_vision_tower): change --lora_target_modules or --lora_modules_to_save, or train another --adapter."
+            f"{report.outside[0]}. Such parts stay frozen unless they are asked for ({flags}): ask for what the "
+            "--adapter holds, train another one, or change --lora_target_modules or --lora_modules_to_save."
         )

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from qvl.adapters import lora_config, report_parameters
+from qvl.adapters import lora_config, report_parameters, require_adapter_in_language_model
 from qvl.clip_llm import IMAGE_TOKEN, add_image_token, composition_record
 from qvl.collators import CompletionCollator
 from qvl.data import DataConfig, load_examples
@@ -485,6 +485,12 @@ def test_a_model_without_a_projector_has_none_to_train() -> None:
     settings = settings_for(TEXT, "--train_projector")
     with pytest.raises(UserError, match=r"--train_projector: .* has none"):
         trained_parts(load_base(settings, CPU), settings)
+
+
+def test_a_trained_projector_that_is_not_asked_for_is_named_with_its_flag() -> None:
+    model, _ = adapted_composition()
+    with pytest.raises(UserError, match=r"multi_modal_projector.*--train_projector.*ask for what the --adapter holds"):
+        require_adapter_in_language_model(report_parameters(model))
 
 
 # --- the model card
