@@ -245,6 +245,9 @@ class RecipeArguments:
         self.phase = [phase for phase in PHASES if phase in self.phase]
         if not self.phase:
             raise UserError(f"--phase is empty: name some of {', '.join(PHASES)}.")
+        # A recipe's default of both phases is no contradiction: with images as words `instruct` is all there is.
+        if self.vision_mode == "text" and self.phase == ["align"]:
+            raise UserError("--phase align trains a projector, and --vision_mode text has none: leave one of them out.")
         if "align" in self.phase and not self.train_projector:
             raise UserError("--phase align trains the projector, and --train_projector is off: switch it on.")
         if not 0 < self.align_share < 1:

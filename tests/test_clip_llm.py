@@ -472,6 +472,10 @@ def test_quantization_without_bitsandbytes_says_what_to_install(monkeypatch: pyt
         (["--num_image_tokens", "4"], "--num_image_tokens has no effect without --vision_encoder"),
         (["--vision_mode", "text"], "--vision_mode has no effect without --vision_encoder"),
         (["--phase", "align"], "--train_projector is off"),
+        (
+            ["--vision_encoder", CLIP, "--vision_mode", "text", "--train_projector", "--phase", "align"],
+            "--vision_mode text has none",
+        ),
         (["--projector_learning_rate", "1e-3"], "no effect without --train_projector"),
         (["--align_share", "1"], "--align_share 1: .* below 1"),
     ],
