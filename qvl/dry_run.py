@@ -57,11 +57,13 @@ def _describe_model(settings: Settings, config: Any, processing_class: Processin
     empty = skeleton(config)
     pattern = lora_config(empty, settings).target_modules
     count = sum(parameter.numel() for parameter in empty.parameters())
-    quantized = ", language model in 4-bit" if settings.model.load_in_4bit else ""
+    options = settings.model
+    bits = 4 if options.load_in_4bit else 8 if options.load_in_8bit else None
+    quantized = f", language model in {bits}-bit" if bits else ""
     size = getattr(getattr(processing_class, "image_processor", None), "size", None)
     lines = [
-        f"model {settings.model.model_name_or_path}: {type(empty).__name__}",
-        f"  {count:,} parameters, {settings.model.dtype}{quantized}",
+        f"model {options.model_name_or_path}: {type(empty).__name__}",
+        f"  {count:,} parameters, {options.dtype}{quantized}",
         f"  language model at {language_model_path(empty)}, LoRA on {pattern}",
     ]
     return [*lines, f"  images resized to {dict(size)} pixels"] if size else lines

@@ -30,6 +30,7 @@ from qvl.adapters import lora_config, report_parameters, require_adapter_in_lang
 from qvl.clip_llm import IMAGE_TOKEN, add_image_token, composition_record
 from qvl.collators import CompletionCollator
 from qvl.data import DataConfig, load_examples
+from qvl.dry_run import dry_run
 from qvl.encode import segments, tokenize
 from qvl.errors import UserError
 from qvl.examples import undecoded_examples
@@ -500,6 +501,14 @@ def test_a_trained_projector_that_is_not_asked_for_is_named_with_its_flag() -> N
     model, _ = adapted_composition()
     with pytest.raises(UserError, match=r"multi_modal_projector.*--train_projector.*ask for what the --adapter holds"):
         require_adapter_in_language_model(report_parameters(model))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_dry_run_says_what_is_quantized(bits: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows_with_pictures(tmp_path)
+    data = ("--dataset_name", str(tmp_path / "rows.jsonl"), "--num_eval_examples", "1")
+    dry_run(composed(f"--load_in_{bits}bit", *data), None, tmp_path / "run")
+    assert f"float32, language model in {bits}-bit" in capsys.readouterr().out
 
 
 # --- the model card
