@@ -7,7 +7,8 @@ whose name does not end in "loss".
 import difflib
 from collections.abc import Mapping
 
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from trl import SFTConfig
 
 from qvl.errors import UserError
 from qvl.metrics import CAPTION_SCORES
@@ -37,6 +38,7 @@ def settle_best_checkpoint(settings: Settings, own_scores: Mapping[str, TextScor
             "--early_stopping_patience needs evaluations and the best checkpoint: add --eval_strategy steps and "
             "--load_best_model_at_end."
         )
+    _require_checkpoints_at_evaluations(training)
     if training.metric_for_best_model is None:
         return
     name = training.metric_for_best_model.removeprefix("eval_")
@@ -55,6 +57,18 @@ def settle_best_checkpoint(settings: Settings, own_scores: Mapping[str, TextScor
         raise UserError(
             f"--greater_is_better {str(training.greater_is_better).lower()} would keep the worst checkpoint by {name}: "
             "leave it out."
+        )
+
+
+def _require_checkpoints_at_evaluations(training: SFTConfig) -> None:
+    """Upstream lets saving be rarer than evaluating; the best evaluation may then have no checkpoint to go back to."""
+    if not training.load_best_model_at_end or training.eval_strategy != IntervalStrategy.STEPS:
+        return
+    if training.save_strategy != SaveStrategy.BEST and training.save_steps != training.eval_steps:
+        raise UserError(
+            f"--load_best_model_at_end chooses among checkpoints, and --save_steps {training.save_steps:g} leaves "
+            f"evaluations (--eval_steps {training.eval_steps:g}) without one: add --save_steps "
+            f"{training.eval_steps:g}, or --save_strategy best."
         )
 
 

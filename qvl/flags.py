@@ -210,6 +210,8 @@ class RecipeArguments:
         self._require_vision_flags_that_go_together()
         if self.temperature <= 0 or not 0 < self.top_p <= 1:
             raise UserError("--temperature has to be above 0, --top_p above 0 and up to 1. Greedy: no --do_sample.")
+        if self.top_k < 0:
+            raise UserError(f"--top_k {self.top_k}: it cannot be below 0, which draws from all tokens.")
         for item in fields(self):
             if item.name in _SAMPLING and not self.do_sample and getattr(self, item.name) != item.default:
                 raise UserError(f"--{item.name} has no effect without --do_sample: add it, or leave --{item.name} out.")

@@ -42,6 +42,10 @@ def test_the_direction_follows_from_the_metric(metric: str, greater: bool) -> No
     assert again.training.greater_is_better is greater
 
 
+def test_a_strategy_that_saves_the_best_needs_no_steps_of_its_own() -> None:
+    assert settled({**BEST, "save_strategy": "best", "save_steps": 20}).training.save_strategy == "best"
+
+
 def test_without_a_metric_it_is_the_loss() -> None:
     settings = settled(BEST)
     assert (settings.training.metric_for_best_model, settings.training.greater_is_better) == ("loss", False)
@@ -56,6 +60,7 @@ def test_without_a_metric_it_is_the_loss() -> None:
         ({"early_stopping_patience": 2}, "--early_stopping_patience needs evaluations and the best checkpoint"),
         ({"early_stopping_patience": 0, **BEST}, "at least 1"),
         ({**BEST, "metric_for_best_model": "bleu4"}, "add --eval_generations N"),
+        ({**BEST, "save_steps": 20}, "leaves evaluations .--eval_steps 10. without one: add --save_steps 10"),
         ({**BEST, "metric_for_best_model": "perplexty"}, r"Did you mean `perplexity`\?"),
         ({**BEST, "metric_for_best_model": "anls", "eval_generations": 4}, "is in no evaluation"),
         (
