@@ -1,6 +1,5 @@
 """Times the steps of any trainer in blocks, from outside, and measures the device's matmul peak."""
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qvl.bench_work import WeightCounts, WorkCounter
+from qvl.compiled_layers import num_compiled_frames
 
 # Size of the matrices and products a group.
 _PEAK_OF = {"cuda": (8192, 20), "cpu": (512, 5)}
@@ -143,12 +143,6 @@ def now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def num_compiled_frames() -> int:
-    """How many frames torch.compile has compiled in this process so far."""
-    utils = sys.modules.get("torch._dynamo.utils")
-    return int(utils.counters["frames"]["total"]) if utils is not None else 0
 
 
 def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> dict[str, float | int | str]:

@@ -4,6 +4,7 @@ Layers of one kind run the same code, so they share one compilation, and lengths
 compile nothing.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -20,6 +21,10 @@ _LEAST_CAPABILITY = (8, 0)
 # activations) is computed again: 32 GiB in place of 56 for a twentieth of the speed (8B shape, one H100).
 _ACTIVATION_MEMORY_BUDGET = 0.5
 
+# Vision blocks and decoder layers run one piece of upstream's code, with and without gradients, of one row and of many:
+# at torch's limit of 8 variants a layer would silently run uncompiled, and keep what compiled ones compute again.
+_MOST_VARIANTS = 64
+
 _Calls: TypeAlias = dict[nn.Module, Callable[..., Any] | None]
 # To wrap the two hundred modules of a model takes half a second, and a run generates several times.
 _generation_calls: WeakKeyDictionary[PreTrainedModel, _Calls] = WeakKeyDictionary()
@@ -28,6 +33,12 @@ _generation_calls: WeakKeyDictionary[PreTrainedModel, _Calls] = WeakKeyDictionar
 def can_compile(device: torch.device) -> bool:
     """Whether compiling pays: on CUDA with compute capability 8.0 or higher, which Triton's kernels are made for."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+
+
+def num_compiled_frames() -> int:
+    """How many pieces of code, variants counted, torch.compile has compiled in this process so far."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    return int(utils.counters["frames"]["total"]) if utils is not None else 0
 
 
 @contextmanager
@@ -102,7 +113,7 @@ def _called(calls: _Calls) -> Iterator[None]:
     try:
         # Lengths are symbols, numbers such as a norm's epsilon are not: torch would hand each of them in as a tensor on
         # the CPU, and call the C++ compiler for what is computed of them there.
-        with torch._dynamo.config.patch(specialize_float=True):
+        with torch._dynamo.config.patch(specialize_float=True, recompile_limit=_MOST_VARIANTS):
             yield
     finally:
         for module in calls:

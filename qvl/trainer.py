@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from qvl.collators import CompletionCollator
+from qvl.compiled_layers import num_compiled_frames
 from qvl.encode import ProcessingClass
 from qvl.errors import UserError
 from qvl.examples import without_images
@@ -39,7 +40,7 @@ ScoreAnswers = Callable[[int], dict[str, float]]
 
 
 class CompletionTrainer(SFTTrainer):
-    """SFTTrainer that also logs samples/s, tokens/s, the data-wait share of the time and peak GiB.
+    """SFTTrainer that also logs samples/s, tokens/s, the data-wait share of the time, peak GiB and compilations.
 
     Its held-out loss, accuracy and entropy are means over tokens, not over batches, and come with the perplexity. The
     training loss, the step and everything else is upstream's.
@@ -60,6 +61,7 @@ class CompletionTrainer(SFTTrainer):
         self._interval_wait_seconds = 0.0
         self._interval_samples = 0
         self._interval_first_token = 0.0
+        self._num_compiled = num_compiled_frames()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Upstream's, with a group for each part that has a learning rate of its own; each keeps the schedule's shape.
@@ -156,6 +158,11 @@ class CompletionTrainer(SFTTrainer):
             logs["tokens_per_second"] = (num_tokens - self._interval_first_token) / seconds
             logs["data_wait_share"] = self._interval_wait_seconds / seconds
             logs["peak_gib"] = peak_gib()
+            num_compiled = num_compiled_frames()
+            if num_compiled:
+                # 0 once all layers are compiled: anything else is a recompilation, which takes seconds.
+                logs["num_compilations"] = num_compiled - self._num_compiled
+                self._num_compiled = num_compiled
             self._interval_first_token = num_tokens
             self._interval_start, self._interval_wait_seconds, self._interval_samples = time.perf_counter(), 0.0, 0
         super().log(logs, start_time)
@@ -285,6 +292,7 @@ def train(
 def _best(trainer: CompletionTrainer) -> dict[str, float]:
     """Which checkpoint `load_best_model_at_end` has loaded, and its metric."""
     state = trainer.state
-    if not trainer.args.load_best_model_at_end or state.best_global_step is None or state.best_metric is None:
+    if not trainer.args.load_best_model_at_end or state.best_model_checkpoint is None or state.best_metric is None:
         return {}
-    return {"best_step": state.best_global_step, "best_metric": state.best_metric}
+    step = int(state.best_model_checkpoint.rpartition("-")[2])
+    return {"best_step": step, "best_metric": state.best_metric}

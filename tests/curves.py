@@ -16,7 +16,7 @@ KEYS = ("loss", "grad_norm", "num_tokens")
 
 
 def training_curve(recipe: Recipe, folder: Path, *flags: str) -> dict[str, list[float]]:
-    """What is logged at each step of a smoke run without dropout, by `KEYS`."""
+    """What is logged at each step of a smoke run without dropout, by `KEYS`; and the compilations."""
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
     prepared = prepare(Case("curve"), recipe, ["--smoke", "--lora_dropout", "0", *flags], 1, folder, False)
@@ -32,4 +32,5 @@ def training_curve(recipe: Recipe, folder: Path, *flags: str) -> dict[str, list[
         trainer = build_trainer(model, trial.processing_class, packed, None, trainer_arguments(trial), collator)
         trainer.train()
     logs = [row for row in trainer.state.log_history if "loss" in row]
-    return {key: [float(row[key]) for row in logs] for key in KEYS}
+    compilations = [float(row.get("num_compilations", 0)) for row in logs]
+    return {**{key: [float(row[key]) for row in logs] for key in KEYS}, "num_compilations": compilations}

@@ -23,9 +23,10 @@ from qvl.adapters import add_adapter
 from qvl.bench import _parser, bench
 from qvl.bench_cases import TRL_BEST, TRL_DEFAULTS, Case, read_case
 from qvl.bench_report import table
-from qvl.bench_timer import BlockTimer, measure_matmul_peak, num_compiled_frames
+from qvl.bench_timer import BlockTimer, measure_matmul_peak
 from qvl.bench_work import WeightCounts, Work, WorkCounter, count_weights
 from qvl.collators import CompletionCollator
+from qvl.compiled_layers import num_compiled_frames
 from qvl.encode import IGNORED_LABEL
 from qvl.errors import UserError
 from qvl.flags import RecipeArguments
