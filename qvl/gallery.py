@@ -105,16 +105,16 @@ def gallery_rows(run_dir: Path, score: ItemScore | None) -> list[GalleryRow]:
     return list(rows.values())
 
 
-def most_telling(rows: list[GalleryRow]) -> list[GalleryRow]:
-    """At most `MAX_GALLERY_EXAMPLES`: a quarter each of the largest losses and gains, evenly spaced ones for the rest.
+def most_telling(rows: list[GalleryRow], most: int = MAX_GALLERY_EXAMPLES) -> list[GalleryRow]:
+    """At most so many: a quarter each of the largest losses and gains, evenly spaced ones for the rest.
 
-    More would leave no bytes for pictures, nor patience for looking at them.
+    More than `MAX_GALLERY_EXAMPLES` would leave no bytes for pictures, nor patience for looking at them.
     """
-    if len(rows) <= MAX_GALLERY_EXAMPLES:
+    if len(rows) <= most:
         return rows
     ranked = sorted(range(len(rows)), key=lambda index: rows[index].sort_value)
-    quarter = MAX_GALLERY_EXAMPLES // 4
-    spaced = evenly_spaced(ranked[quarter:-quarter], MAX_GALLERY_EXAMPLES - 2 * quarter)
+    quarter = most // 4
+    spaced = evenly_spaced(ranked[quarter:-quarter], most - 2 * quarter)
     return [rows[index] for index in sorted([*ranked[:quarter], *ranked[-quarter:], *spaced])]
 
 

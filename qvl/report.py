@@ -1,8 +1,8 @@
 """The comparison page of a run.
 
 `report.html` is one file without outside resources: it opens offline, in light and dark mode, and keeps to
-`MAX_PAGE_BYTES` by shrinking the pictures. Its Content-Security-Policy allows only the script and the style written
-here, so that markup in a caption would do nothing even if it were not escaped.
+`MAX_PAGE_BYTES` by smaller pictures and fewer of the long texts. Its Content-Security-Policy allows only the script and
+the style written here, so that markup in a caption would do nothing even if it were not escaped.
 """
 
 import base64
@@ -58,6 +58,7 @@ _THUMBNAIL_STEPS = ((400, 80), (360, 76), (320, 72), (288, 68), (256, 64), (224,
 _MAX_THUMBNAIL_BYTES = 30_000
 _MIN_THUMBNAIL_BYTES = 1_500
 _MAX_EVALUATIONS = 20
+_LEAST_GALLERY = 16
 _REPEATED_SPECIAL_TOKEN = re.compile(r"(<\|[^|<>]+\|>)\1{2,}")
 
 OpenImage = Callable[[str], Image.Image | None]
@@ -76,7 +77,6 @@ def write_report(run_dir: Path, open_image: OpenImage, recipe: str | None = None
     """
     score = item_score(run_dir)
     gallery = gallery_rows(run_dir, score)
-    shown = most_telling(gallery)
     samples = training_samples(run_dir)
     metrics = _read_json(run_dir / "metrics.json") or {}
     training_examples = _read_json(run_dir / "training_examples.json") or []
@@ -97,23 +97,34 @@ def write_report(run_dir: Path, open_image: OpenImage, recipe: str | None = None
         "training_examples": [_readable_segments(example) for example in training_examples],
         "samples": samples,
         "item_score": score,
-        "gallery": shown,
-        "num_left_out": len(gallery) - len(shown),
         "num_examples": len(gallery),
-        "common_prompt": _common_prompt(shown),
-        "has_both": any(row.gain is not None for row in shown),
     }
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
         _resource("report.html.jinja")
     )
+    # The text's size is known once the page was rendered without pictures; they share what is left. Long texts take
+    # half of the page at most, by fewer of them.
+    shown = most_telling(gallery)
+    text_bytes = len(template.render(page | _gallery(shown, gallery), pictures={}).encode())
+    while text_bytes > MAX_PAGE_BYTES // 2 and len(shown) > _LEAST_GALLERY:
+        shown = most_telling(gallery, len(shown) // 2)
+        text_bytes = len(template.render(page | _gallery(shown, gallery), pictures={}).encode())
+    page |= _gallery(shown, gallery)
     evaluated = [*(sample.id for sample in samples), *(row.id for row in shown)]
     ids = [*(example["id"] for example in training_examples), *evaluated]
-    # The text's size is known once the page was rendered without pictures; they share what is left.
-    text_bytes = len(template.render(page, pictures={}).encode())
     pictures = _pictures(ids, open_image, MAX_PAGE_BYTES - text_bytes)
     path = run_dir / "report.html"
     write_text_atomically(path, template.render(page, pictures=pictures))
     return path
+
+
+def _gallery(shown: list[GalleryRow], gallery: list[GalleryRow]) -> dict[str, Any]:
+    return {
+        "gallery": shown,
+        "num_left_out": len(gallery) - len(shown),
+        "common_prompt": _common_prompt(shown),
+        "has_both": any(row.gain is not None for row in shown),
+    }
 
 
 def _scores(metrics: Mapping[str, Any]) -> dict[str, Any]:

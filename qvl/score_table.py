@@ -1,7 +1,7 @@
 """The scores of both models side by side, as rows for the page and as the text printed at the end of a run."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qvl.metrics import FIRST_REFERENCE
@@ -9,7 +9,7 @@ from qvl.metrics import FIRST_REFERENCE
 NO_SCORES = "No scores yet: neither the stage baseline nor evaluate has run."
 _STAGES = ("baseline", "finetuned")
 _HEADER = ("", "baseline", "fine-tuned", "difference", "relative", "p")
-_WIDTHS = (23, 18, 18, 20, 16, 7)
+_LEAST_WIDTHS = (23, 18, 18, 20, 16, 7)
 
 
 def comparison_table(metrics: Mapping[str, Any]) -> str:
@@ -25,16 +25,17 @@ def comparison_table(metrics: Mapping[str, Any]) -> str:
     rows = [row for row in score_rows(metrics) if not row["is_first_reference"]]
     if not rows:
         return NO_SCORES
-    lines = [_line(*_HEADER)]
+    lines = [_HEADER]
     for row in rows:
-        lines.append(_line(*(row[key] for key in ("name", *_STAGES, "difference", "relative", "p_value"))))
+        lines.append(tuple(row[key] for key in ("name", *_STAGES, "difference", "relative", "p_value")))
         intervals = [row[f"{key}_interval"] for key in (*_STAGES, "difference", "relative")]
         if any(intervals):
-            lines.append(_line(f"  {row['verdict']}", *intervals, ""))
+            lines.append((f"  {row['verdict']}", *intervals, ""))
+    text = _aligned(lines)
     counts = sorted({stage["num_examples"] for stage in _stages(metrics) if "num_examples" in stage})
     if counts:
-        lines.append(f"on {' and '.join(f'{count:,}' for count in counts)} examples, with 95% intervals")
-    return "\n".join(lines)
+        text.append(f"on {' and '.join(f'{count:,}' for count in counts)} examples, with 95% intervals")
+    return "\n".join(text)
 
 
 def score_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -92,9 +93,17 @@ def _stages(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [metrics.get(stage) or {} for stage in _STAGES]
 
 
-def _line(name: str, *cells: str) -> str:
-    widths = iter(_WIDTHS)
-    return (f"{name:<{next(widths)}}" + "".join(f"{cell:>{next(widths)}}" for cell in cells)).rstrip()
+def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
+    """Names on the left, numbers on the right; a long number makes its column wider."""
+    widths = [
+        max(least, *(len(cell) + 2 for cell in column))
+        for least, column in zip(_LEAST_WIDTHS, zip(*lines, strict=True), strict=True)
+    ]
+    texts = []
+    for name, *cells in lines:
+        numbers = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+        texts.append(f"{name:<{widths[0]}}{numbers}".rstrip())
+    return texts
 
 
 def _range(ends: Mapping[str, Any] | None, number: Callable[[float], str]) -> str:

@@ -1,5 +1,6 @@
 """report.html in a real browser, its size, what it does without some of the files, and the closing text table."""
 
+import io
 import json
 import os
 import random
@@ -200,6 +201,9 @@ def test_gallery_sorts_filters_and_follows_the_keys(browser: Any, run_dir: Path)
         assert _focused(browser) == f"Example row-{expected}"
     outline = browser.switch_to.active_element.value_of_css_property("outline-width")
     assert outline == "3px"
+    with Image.open(io.BytesIO(browser.get_screenshot_as_png())) as picture:
+        # What is looked at is a page with its pictures, not an empty one: hundreds of colours.
+        assert len(picture.convert("RGB").resize((200, 200)).getcolors(200 * 200)) > 200
     browser.switch_to.active_element.send_keys(Keys.END)
     browser.switch_to.active_element.send_keys("j")
     assert _focused(browser) == "Example row-5"
@@ -273,6 +277,18 @@ def test_five_hundred_pictures_stay_under_the_limit(tmp_path: Path):
     path = write_report(tmp_path, _photo)
     assert MAX_PAGE_BYTES * 0.5 < path.stat().st_size <= MAX_PAGE_BYTES
     assert path.read_text().count("data:image/jpeg") == 500
+
+
+def test_five_hundred_long_texts_stay_under_the_limit(tmp_path: Path):
+    long = " ".join(f"word{number}" for number in range(1000))
+    for stage in ("baseline", "finetuned"):
+        rows = [{**row, "prompt": f"{row['id']} {long}", "references": [long]} for row in _rows(stage, 500)]
+        write_jsonl_atomically(tmp_path / f"{stage}_predictions.jsonl", rows)
+    path = write_report(tmp_path, _photo)
+    assert path.stat().st_size <= MAX_PAGE_BYTES
+    page = path.read_text()
+    assert 50 <= page.count('aria-label="Example row-') < 500
+    assert " of 500 examples: the largest gains and losses" in page
 
 
 def test_of_too_many_examples_the_extremes_are_kept(tmp_path: Path):
@@ -384,6 +400,13 @@ def test_comparison_table():
         "                         1822.7 to 3137.3    12.10 to 14.40",
         "on 500 examples, with 95% intervals",
     ]
+
+
+def test_long_numbers_do_not_run_together():
+    wide = {"perplexity": 471630.4, "interval": {"perplexity": {"low": 409123.1, "high": 551107.4}}, "num_examples": 3}
+    difference = {"perplexity": {"mean": -470000.1, "low": -471220.4, "high": -400509.9, "verdict": "better"}}
+    metrics = {"scores": SCORES, "baseline": wide, "finetuned": wide, "difference": difference}
+    assert "409123.1 to 551107.4  409123.1 to 551107.4  -471220.4 to -400509.9" in comparison_table(metrics)
 
 
 def test_comparison_table_of_half_a_run():
