@@ -5,8 +5,10 @@ The formats are described in the README; `qvl.rows` and `qvl.conversations` read
 """
 
 import difflib
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import datasets
 
@@ -77,9 +79,10 @@ def load_examples(config: DataConfig, row_to_example: RowToExample | None = None
     part = replace(part, train=train, evaluation=evaluation)
     as_messages = any(row.kind == "messages" for row in [*train, *evaluation])
     with_tools = any(row.record.tools for row in [*train, *evaluation])
+    keys = _short_keys(evaluation, part.tables)
     return LoadedData(
         train=build_dataset(train, part.tables, as_messages, with_tools),
-        evaluation=build_dataset(evaluation, part.tables, as_messages, with_tools),
+        evaluation=build_dataset(evaluation, part.tables, as_messages, with_tools, keys),
         summary=_summarize(part, tuple(notes)),
     )
 
@@ -199,6 +202,15 @@ def _rows_by_image(source: Source, config: DataConfig, piece: RowToExample, note
     notes.append(f"split by image with seed {config.seed}: {len(train):,} to train, {len(evaluation):,} to evaluate")
     chosen = [rows[index] for index in train][: config.num_train_examples]
     return chosen, [rows[index] for index in evaluation], (checked, CheckedRows(split))
+
+
+def _short_keys(rows: list[GoodRow], tables: Mapping[str, Any]) -> list[list[str]]:
+    """Of each row, what its images are known by whatever they are called: the bootstrap draws equal ones together."""
+    keys = image_keys(rows, tables)
+    return [
+        [hashlib.sha256(key.encode()).hexdigest()[:16] for key in row_keys] if row.refs else []
+        for row, row_keys in zip(rows, keys, strict=True)
+    ]
 
 
 def _known_split(name: str, source: Source, flag: str) -> str:

@@ -17,11 +17,14 @@ from qvl.images import ImageError, decode_rgb
 from qvl.validate import GoodRow
 
 # Messages are JSON text: Arrow refuses a column whose values have different shapes.
+# What a row and its images are known by.
+_KNOWN_BY = ("id", "where", "image_names", "image_keys")
 _FEATURES = datasets.Features(
     {
         "id": datasets.Value("string"),
         "where": datasets.Value("string"),
         "image_names": datasets.List(datasets.Value("string")),
+        "image_keys": datasets.List(datasets.Value("string")),
         "references": datasets.List(datasets.Value("string")),
         "image_refs": datasets.Value("large_string"),
         "image_sizes": datasets.List(datasets.List(datasets.Value("int32"))),
@@ -51,7 +54,7 @@ class ExampleTransform:
         """
         if "conversation" not in batch or "image_refs" not in batch:
             return batch  # somebody asked for one column only
-        columns = {name: batch[name] for name in ("id", "where", "image_names", "references")}
+        columns = {name: batch[name] for name in (*_KNOWN_BY, "references")}
         if "image_features" in batch:
             columns["images"] = [load_features(handles) for handles in batch["image_features"]]
         else:
@@ -73,7 +76,11 @@ class ExampleTransform:
 
 
 def build_dataset(
-    rows: list[GoodRow], tables: Mapping[str, datasets.Dataset], as_messages: bool, with_tools: bool
+    rows: list[GoodRow],
+    tables: Mapping[str, datasets.Dataset],
+    as_messages: bool,
+    with_tools: bool,
+    image_keys: Sequence[Sequence[str]] | None = None,
 ) -> datasets.Dataset:
     """A data set of the checked rows; no image is decoded or copied.
 
@@ -83,11 +90,13 @@ def build_dataset(
         as_messages: give every row its whole conversation instead of a prompt and completions. All rows of a run are
             of one kind, so that they can share a batch.
         with_tools: give every row a key `tools` (None where it has none).
+        image_keys: of each row one for each image, equal for equal images; None leaves them empty.
     """
     columns: dict[str, list[Any]] = {
         "id": [row.id for row in rows],
         "where": [row.where for row in rows],
         "image_names": [[ref.name for ref in row.refs] for row in rows],
+        "image_keys": [[] for _ in rows] if image_keys is None else list(image_keys),
         "references": [row.record.references for row in rows],
         "image_refs": [dump_refs(row.refs) for row in rows],
         "image_sizes": [[[header.width, header.height] for header in row.headers] for row in rows],
@@ -213,7 +222,7 @@ def without_images(dataset: datasets.Dataset) -> datasets.Dataset:
 def undecoded_examples(dataset: datasets.Dataset) -> Iterator[dict[str, Any]]:
     """The rows as `dataset[i]` gives them, but with `image_sizes` ([[width, height], ...]) in place of `images`."""
     for row in dataset.with_format(None):
-        shared = {key: row[key] for key in ("id", "where", "image_names", "image_sizes", "references")}
+        shared = {key: row[key] for key in (*_KNOWN_BY, "image_sizes", "references")}
         yield {**shared, **json.loads(row["conversation"])}
 
 

@@ -933,6 +933,16 @@ def test_separate_completions(folder: Path) -> None:
     assert separate_completions(chats) is chats
 
 
+def test_one_picture_under_several_names_has_one_key(folder: Path) -> None:
+    shades = (1, 2, 1)
+    rows = [*(chat(f"Question {shade}?", image=data_url(shade)) for shade in shades), chat("No picture?")]
+    load(folder, [caption(0)])
+    write_rows(folder / "test.jsonl", rows)
+    found = [row["image_keys"] for row in load_examples(DataConfig(str(folder))).evaluation]
+    assert found[0] == found[2] != found[1]
+    assert len(found[0]) == 1 and found[3] == []
+
+
 def test_prompt_messages_of_a_prompt_row(folder: Path) -> None:
     example = load(folder, [caption(0)]).train[0]
     assert prompt_messages(example) == example["prompt"]
