@@ -1,5 +1,6 @@
 """A run's answers to its evaluation prompts: asked for, recorded and scored in one way by all stages."""
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,8 @@ def answer_prompts(run: Run, model: PreTrainedModel | PeftModel, examples: Datas
         label: of the progress bar.
 
     Returns:
-        Rows of a predictions file, in the order of `examples`: id, image, images, prompt, prediction, references.
+        Rows of a predictions file, in the order of `examples`: id, image, images, image_keys (see
+        `qvl.examples.build_dataset`), prompt, prediction, references, decoding.
     """
     decoding = decoding_of(run, len(examples))
     asked = run.in_words(examples)
@@ -41,9 +43,11 @@ def answer_prompts(run: Run, model: PreTrainedModel | PeftModel, examples: Datas
             "id": row["id"],
             "image": row["image_names"][0] if row["image_names"] else None,
             "images": row["image_names"],
+            "image_keys": row["image_keys"],
             "prompt": _plain_text(prompt_messages(row)),
             "prediction": answer,
             "references": row["references"],
+            "decoding": decoding.summary(),
         }
         for row, answer in zip(undecoded_examples(asked), answers, strict=True)
     ]
@@ -77,13 +81,21 @@ def statistics_of(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, Scor
         with_first_reference=True,
     )
     if all("answer_loss" in row for row in rows):
-        found |= loss_statistics([row["answer_loss"] for row in rows], [row["answer_tokens"] for row in rows])
+        unsound = [row["id"] for row in rows if not math.isfinite(row["answer_loss"])]
+        if unsound:
+            print(
+                f"No held-out loss: it is no finite number for {len(unsound):,} of {len(rows):,} examples, "
+                f"{unsound[0]} the first of them. `--stages check` looks for the layer that overflows.",
+                flush=True,
+            )
+        else:
+            found |= loss_statistics([row["answer_loss"] for row in rows], [row["answer_tokens"] for row in rows])
     return found
 
 
 def images_of(rows: Sequence[Mapping[str, Any]]) -> list[Hashable]:
     """What the bootstrap draws together: rows of the same images; a row without any stands for itself."""
-    return [tuple(row["images"]) or row["id"] for row in rows]
+    return [tuple(row.get("image_keys") or row["images"]) or row["id"] for row in rows]
 
 
 class Prompts:

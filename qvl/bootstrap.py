@@ -44,9 +44,12 @@ def intervals(
     seed: int,
     num_resamples: int = NUM_RESAMPLES,
 ) -> dict[str, Interval]:
-    """The scores of one model, each with its interval; arguments are those of `compare`."""
+    """The scores of one model, each with its interval; arguments are those of `compare`.
+
+    A score that is no finite number (a perplexity that overflows, say) is left out.
+    """
     resampled = _resampled_scores([statistics], images, num_resamples, seed)[0]
-    return {name: _interval(values) for name, values in resampled.items()}
+    return {name: _interval(values) for name, values in resampled.items() if np.isfinite(values).all()}
 
 
 def compare(
@@ -72,25 +75,37 @@ def compare(
         num_resamples: number of bootstrap resamples.
 
     Returns:
-        By score name, plain values fit for JSON.
+        By score name, plain values fit for JSON; a score that is no finite number somewhere is left out. A BLEU that
+        has no match of its order counts as 0 here: what coco-caption prints for it is a matter of lengths alone.
     """
-    scores_a, scores_b = _resampled_scores([statistics_a, statistics_b], images, num_resamples, seed)
+    scores_a, scores_b = _resampled_scores([statistics_a, statistics_b], images, num_resamples, seed, void=0.0)
     return {
-        name: _difference(scores_a[name], scores_b[name], statistics_b[name].higher_is_better) for name in statistics_a
+        name: _difference(scores_a[name], scores_b[name], statistics_b[name].higher_is_better)
+        for name in statistics_a
+        if np.isfinite(scores_a[name]).all() and np.isfinite(scores_b[name]).all()
     }
 
 
 def _resampled_scores(
-    models: Sequence[Mapping[str, ScoreStatistics]], images: Sequence[Hashable], num_resamples: int, seed: int
+    models: Sequence[Mapping[str, ScoreStatistics]],
+    images: Sequence[Hashable],
+    num_resamples: int,
+    seed: int,
+    void: float | None = None,
 ) -> list[dict[str, Floats]]:
-    """For each model its scores [1 + num_resamples]: the whole set first, then resamples common to all models."""
+    """For each model its scores [1 + num_resamples]: the whole set first, then resamples common to all models.
+
+    `void` takes the place of scores that are void (`ScoreStatistics.is_void`).
+    """
     numbers = {image: number for number, image in enumerate(dict.fromkeys(images))}
     image_of_item = np.array([numbers[image] for image in images])
     summands = [_by_image(model, image_of_item, len(numbers)) for model in models]
     whole_set = np.ones((1, len(numbers)))
     blocks = itertools.chain([whole_set], _resamples(len(numbers), num_resamples, seed))
     sums = [[weights @ columns for columns in summands] for weights in blocks]
-    return [_scores(model, np.concatenate([block[index] for block in sums])) for index, model in enumerate(models)]
+    return [
+        _scores(model, np.concatenate([block[index] for block in sums]), void) for index, model in enumerate(models)
+    ]
 
 
 def _by_image(model: Mapping[str, ScoreStatistics], image_of_item: np.ndarray, num_images: int) -> Floats:
@@ -111,10 +126,17 @@ def _resamples(num_images: int, num_resamples: int, seed: int) -> Iterator[Float
         yield np.stack([np.bincount(row, minlength=num_images) for row in drawn]).astype(np.float64)
 
 
-def _scores(model: Mapping[str, ScoreStatistics], sums: Floats) -> dict[str, Floats]:
+def _scores(model: Mapping[str, ScoreStatistics], sums: Floats, void: float | None) -> dict[str, Floats]:
     ends = np.cumsum([statistics.summands.shape[1] for statistics in model.values()])[:-1]
     parts = np.split(sums, ends, axis=1)
-    return {name: model[name].from_sums(part) for name, part in zip(model, parts, strict=True)}
+    return {name: _score(model[name], part, void) for name, part in zip(model, parts, strict=True)}
+
+
+def _score(statistics: ScoreStatistics, sums: Floats, void: float | None) -> Floats:
+    values = statistics.from_sums(sums)
+    if void is None or statistics.is_void is None:
+        return values
+    return np.where(statistics.is_void(sums), void, values)
 
 
 def _difference(scores_a: Floats, scores_b: Floats, higher_is_better: bool) -> Difference:

@@ -70,6 +70,8 @@ def _evaluate(run: Run, model: PreTrainedModel | PeftModel, part: str) -> None:
     loss_seconds = time.perf_counter() - start - seconds
     if not is_main():
         return
+    # Before they are scored: a recipe's own score may fail.
+    write_jsonl_atomically(run.folder / f"{part}_predictions.jsonl", rows)
     statistics = _score(run, part, rows)
     cost = {
         "seconds": seconds,
@@ -130,10 +132,11 @@ def _compare(run: Run) -> None:
     if len(predictions) < 2:
         return
     before, after = predictions.values()
-    if [row["id"] for row in before] != [row["id"] for row in after]:
+    different = _what_differs(before, after)
+    if different is not None:
         raise UserError(
-            f"{paths['baseline']} and {paths['finetuned']} are of different examples, so their scores do not compare. "
-            "Run the stages baseline and evaluate again with the same data settings."
+            f"{paths['baseline']} and {paths['finetuned']} are of different {different}, so their scores do not "
+            "compare. Run the stages baseline and evaluate again with the same settings."
         )
     common = statistics["baseline"].keys() & statistics["finetuned"].keys()
     a, b = ({name: s for name, s in statistics[part].items() if name in common} for part in paths)
@@ -149,3 +152,19 @@ def _compare(run: Run) -> None:
         for first, second in zip(before, after, strict=True)
     ]
     run.record.log_predictions(table)
+
+
+def _what_differs(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> str | None:
+    """What keeps the answers of two models from being answers to the same questions; None if nothing does."""
+    words = {
+        "id": "examples",
+        "prompt": "prompts",
+        "images": "images",
+        "references": "references",
+        "answer_tokens": "held-out answers",
+        "decoding": "flags of decoding",
+    }
+    for key, word in words.items():
+        if [row.get(key) for row in before] != [row.get(key) for row in after]:
+            return word
+    return None

@@ -36,7 +36,8 @@ class Decoding:
 
     Attributes:
         batch_size: prompts decoded together; None chooses by the free memory of a CUDA device.
-        seed: seeds the sampling, for each batch anew, so that the number of processes does not matter.
+        seed: seeds the sampling, for each batch anew, so that the number of processes does not matter; another batch
+            size draws other answers.
         num_workers: processes that decode images and tokenize ahead of the model.
         compile_layers: on CUDA, compile what can be, which takes a sixth less time and some seconds once.
     """
@@ -51,17 +52,31 @@ class Decoding:
     num_workers: int = 0
     compile_layers: bool = False
 
-    def config(self, processing_class: ProcessingClass) -> GenerationConfig:
-        """The generation settings, complete: the model's own (often sampling) defaults must not leak in."""
+    def config(self, processing_class: ProcessingClass, model: PreTrainedModel) -> GenerationConfig:
+        """The generation settings, complete: of the model's own (often sampling) defaults only its end tokens count."""
         tokenizer = tokenizer_of(processing_class)
         sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k} if self.do_sample else {}
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=self.do_sample,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=end_tokens(processing_class, model),
             pad_token_id=tokenizer.pad_token_id,
             **sampling,
         )
+
+    def summary(self) -> str:
+        """What decides the answers, in a few words."""
+        sampled = f"temperature {self.temperature:g}, top_p {self.top_p:g}, top_k {self.top_k}"
+        return f"{sampled if self.do_sample else 'greedy'}, at most {self.max_new_tokens} new tokens"
+
+
+def end_tokens(processing_class: ProcessingClass, model: PreTrainedModel) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, and what generation_config.json has beside it (Qwen has two)."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = base.generation_config.eos_token_id if base.generation_config is not None else None
+    own = own if isinstance(own, list) else [own]
+    found = dict.fromkeys([tokenizer_of(processing_class).eos_token_id, *own])
+    return [token for token in found if token is not None]
 
 
 class PromptCollator:
@@ -251,7 +266,7 @@ def _batches(
     if graphed:
         # The last batch is filled up with its last prompt; the same answer comes again.
         batches[-1] += [batches[-1][-1]] * (batch_size - len(batches[-1]))
-    config = decoding.config(processing_class)
+    config = decoding.config(processing_class, model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     compiles = decoding.compile_layers and graphed is not None and can_compile(base.device)
     # Models that number tokens in one dimension do it faster than it takes to send the numbers.

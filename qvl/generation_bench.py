@@ -104,7 +104,7 @@ def _one_by_one(run: "Run", base: "PreTrainedModel", prompts: list[dict[str, Any
     from qvl.answers import decoding_of
     from qvl.encode import prompt_text
 
-    config = decoding_of(run, len(prompts)).config(run.processing_class)
+    config = decoding_of(run, len(prompts)).config(run.processing_class, base)
 
     def answer(row: dict[str, Any]) -> None:
         text = prompt_text(row["prompt"], run.processing_class)

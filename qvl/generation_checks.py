@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from qvl.behaviour_checks import rounds_coarsely
 from qvl.checks import Check, at_most
-from qvl.encode import ProcessingClass, tokenizer_of
+from qvl.encode import ProcessingClass
 from qvl.features import encoder_inputs
-from qvl.generate import Decoding, PromptCollator
+from qvl.generate import Decoding, PromptCollator, end_tokens
 
 # Greedy decoding turns a rounding difference into another word where two are about equally likely: 2 of 8 answers of
 # the embedded model in bf16, none in fp32. A model whose rows leak into each other changes nearly all.
@@ -41,14 +41,15 @@ def generate_tokens(
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        tokens = model.generate(**inputs, generation_config=decoding.config(processing_class))
+        tokens = model.generate(**inputs, generation_config=decoding.config(processing_class, model))
     model.train(was_training)
-    end = tokenizer_of(processing_class).eos_token_id
-    return [_up_to(row, end) for row in tokens[:, batch["input_ids"].shape[1] :].tolist()]
+    ends = end_tokens(processing_class, model)
+    return [_up_to(row, ends) for row in tokens[:, batch["input_ids"].shape[1] :].tolist()]
 
 
-def _up_to(tokens: list[int], end: int) -> list[int]:
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+def _up_to(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    first = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: first + 1]
 
 
 def check_generation(
@@ -68,12 +69,12 @@ def check_generation(
     together = generate_tokens(model, processing_class, prompts, decoding)
     again = generate_tokens(model, processing_class, prompts, decoding)
     alone = [generate_tokens(model, processing_class, [prompt], decoding)[0] for prompt in prompts]
-    end = tokenizer_of(processing_class).eos_token_id
-    unended = sum(row[-1:] != [end] and len(row) != decoding.max_new_tokens for row in together)
+    ends = end_tokens(processing_class, model)
+    unended = sum(row[-1] not in ends and len(row) != decoding.max_new_tokens for row in together)
     in_batch = sum(a != b for a, b in zip(together, alone, strict=True)) / len(prompts)
     share_allowed = MOST_DIFFERING_SHARE_COARSE if rounds_coarsely(model) else 0.0
     rates = [repetition_rate(row) for row in together]
-    num_ended = sum(row[-1:] == [end] for row in together)
+    num_ended = sum(row[-1] in ends for row in together)
     return [
         at_most("answers_that_differ_when_repeated", sum(map(_differ, together, again)), 0, f" of {len(prompts)}"),
         at_most(

@@ -43,6 +43,8 @@ class ScoreStatistics:
         items: [N] float64, each item's own score; None where only a set has one (BLEU).
         label: the name that tables show.
         higher_is_better: False for errors and losses.
+        is_void: from the same sums, [R] bool: sets whose score is only what guards against a division by zero leave of
+            0, so that it compares with nothing. None where that cannot be.
     """
 
     summands: Floats
@@ -50,6 +52,7 @@ class ScoreStatistics:
     items: Floats | None
     label: str
     higher_is_better: bool = True
+    is_void: Callable[[Floats], np.ndarray] | None = None
 
     @property
     def value(self) -> float:
@@ -139,13 +142,10 @@ def loss_statistics(losses: Sequence[float], num_tokens: Sequence[int]) -> dict[
     """
     summands = np.array([losses, num_tokens], dtype=np.float64).T
     items = _ratio(summands)
-    with np.errstate(over="ignore"):
-        return {
-            "loss": ScoreStatistics(summands, _ratio, items, "held-out loss", higher_is_better=False),
-            "perplexity": ScoreStatistics(
-                summands, lambda sums: np.exp(_ratio(sums)), np.exp(items), "perplexity", higher_is_better=False
-            ),
-        }
+    return {
+        "loss": ScoreStatistics(summands, _ratio, items, "held-out loss", higher_is_better=False),
+        "perplexity": ScoreStatistics(summands, _perplexity, _perplexity(summands), "perplexity", False),
+    }
 
 
 def caption_scores(
@@ -182,7 +182,10 @@ def _bleu(found: CaptionStatistics, order: int) -> ScoreStatistics:
         precisions = np.prod((correct + _TINY) / (guessed + _SMALL), axis=1)
         return np.asarray(precisions ** (1 / order) * brevity_penalty)
 
-    return ScoreStatistics(summands, from_sums, None, CAPTION_SCORES[f"bleu{order}"])
+    def has_no_match(sums: Floats) -> np.ndarray:
+        return np.asarray((sums[:, :order] == 0).any(axis=1))
+
+    return ScoreStatistics(summands, from_sums, None, CAPTION_SCORES[f"bleu{order}"], is_void=has_no_match)
 
 
 def _mean(items: Floats, label: str, higher_is_better: bool = True) -> ScoreStatistics:
@@ -195,12 +198,15 @@ def _ratio(sums: Floats) -> Floats:
     return np.asarray(sums[:, 0] / np.where(sums[:, 1] == 0, 1.0, sums[:, 1]))
 
 
+def _perplexity(sums: Floats) -> Floats:
+    with np.errstate(over="ignore"):
+        return np.asarray(np.exp(_ratio(sums)))
+
+
 def _text_score(
     name: str, text_score: TextScore, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> ScoreStatistics:
-    values = [
-        _checked_value(name, key, text_score.function(predictions[key], texts)) for key, texts in references.items()
-    ]
+    values = [_value(name, key, text_score, predictions[key], texts) for key, texts in references.items()]
     if len({np.shape(value) for value in values}) > 1:
         raise UserError(f"The score `{name}` gives a number for some answers and a pair for others: choose one.")
     found = np.array(values, dtype=np.float64)
@@ -209,9 +215,20 @@ def _text_score(
     return ScoreStatistics(found, _ratio, _ratio(found), text_score.label, text_score.higher_is_better)
 
 
-def _checked_value(name: str, item_id: str, value: float | tuple[float, float]) -> float | tuple[float, float]:
+def _value(
+    name: str, item_id: str, text_score: TextScore, prediction: str, references: Sequence[str]
+) -> float | tuple[float, float]:
+    """What a score says of one answer; a recipe's own function may fail in any way."""
+    try:
+        value = text_score.function(prediction, references)
+    except Exception as error:
+        raise UserError(
+            f"The score `{name}` fails for {item_id!r}, answer {prediction[:60]!r}: {type(error).__name__}: {error}. "
+            "Correct it (an answer may be empty); answers that are in the run folder are scored by --stages report."
+        ) from error
     parts = value if isinstance(value, tuple) else (value,)
-    if len(parts) > 2 or not all(isinstance(part, int | float | np.number) and np.isfinite(part) for part in parts):
+    is_number = [isinstance(part, int | float | np.number | np.bool_) and np.isfinite(part) for part in parts]
+    if len(parts) > 2 or not all(is_number):
         raise UserError(
             f"The score `{name}` gives {value!r} for {item_id!r}: it has to give a finite number, or a pair of them, "
             "numerator and denominator."

@@ -47,7 +47,7 @@ def listen(
         Everything on the CPU.
     """
     collate = PromptCollator(partner.processing_class, partner.model.dtype)
-    config = partner.decoding.config(partner.processing_class)
+    config = partner.decoding.config(partner.processing_class, partner.model)
     said = Said([], [])
     for index, prompt in enumerate(prompts):
         inputs = {key: value.to(partner.model.device) for key, value in collate([dict(prompt)]).items()}

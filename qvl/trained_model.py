@@ -65,7 +65,7 @@ class TrainedModel:
         batch = {key: value.to(self.model.device) for key, value in batch.items()}
         tokenizer = tokenizer_of(self.processing_class)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        config = self.decoding.config(self.processing_class)
+        config = self.decoding.config(self.processing_class, self.model)
         with torch.inference_mode():
             tokens = self.model.generate(**batch, generation_config=config, streamer=streamer)
         new_tokens = tokens[0, batch["input_ids"].shape[1] :]

@@ -37,6 +37,21 @@ def test_a_better_model_is_found_better() -> None:
     assert compare(after, before, range(200), seed=42, num_resamples=100)["cer"]["verdict"] == "worse"
 
 
+def test_what_guards_a_division_by_zero_leaves_is_no_difference() -> None:
+    references = {str(item): ["a dog runs over the wide green field"] for item in range(20)}
+    long, short = (dict.fromkeys(references, text) for text in ("this one says nothing of it at all", "no"))
+    before, after = (score_statistics(answers, references, ["bleu4"]) for answers in (long, short))
+    assert 0 < before["bleu4"].value != after["bleu4"].value > 0
+    found = compare(before, after, range(20), seed=0, num_resamples=100)["bleu4"]
+    assert (found["mean"], found["p_value"], found["verdict"]) == (0.0, 1.0, "no clear difference")
+
+
+def test_what_is_no_finite_number_is_left_out() -> None:
+    sound, overflows = loss_statistics([1.0, 2.0], [1, 1]), loss_statistics([1.0, 2000.0], [1, 1])
+    assert set(intervals(overflows, range(2), seed=0, num_resamples=50)) == {"loss"}
+    assert set(compare(sound, overflows, range(2), seed=0, num_resamples=50)) == {"loss"}
+
+
 def test_no_difference_is_said_in_words() -> None:
     before, _ = pair(60, 1, 2, "cider")
     found = compare(before, before, range(60), seed=42, num_resamples=200)["cider"]

@@ -12,7 +12,8 @@ from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file
 
-from qvl.files import read_jsonl
+from qvl.errors import UserError
+from qvl.files import read_jsonl, write_jsonl_atomically
 from qvl.recipe import run
 from qvl.text_scores import TextScore
 from recipes.flickr8k import RECIPE
@@ -57,6 +58,27 @@ def losses(folder: Path) -> list[float]:
 def answers(folder: Path, step: int) -> dict[str, str]:
     rows = read_jsonl(folder / "training_samples.jsonl")
     return {row["id"]: row["prediction"] for row in rows if row["step"] == step}
+
+
+def test_answers_outlast_a_score_that_fails_on_them(tmp_path: Path) -> None:
+    def fails(prediction: str, references: Sequence[str]) -> float:
+        raise ValueError("no brackets")
+
+    recipe = dataclasses.replace(RECIPE, scores={"brackets": TextScore(fails, "brackets")})
+    folder = tmp_path / "outputs" / "run"
+    flags = {"smoke": True, "num_train_examples": 8, "num_eval_examples": 2, "max_new_tokens": 4}
+    flags["output_dir"] = str(folder)
+    with pytest.raises(UserError, match=r"`brackets` fails for .*ValueError: no brackets.*--stages report"):
+        run(recipe, {**flags, "stages": ["baseline"], "scores": ["brackets"]})
+    path = folder / "baseline_predictions.jsonl"
+    rows = read_jsonl(path)
+    assert len(rows) == 2 and all(row["decoding"] == "greedy, at most 4 new tokens" for row in rows)
+    run(RECIPE, {**flags, "stages": ["report"], "scores": ["bleu4"]})
+    assert "bleu4" in read_json(folder / "metrics.json")["baseline"]
+    # What the other model was asked with other flags does not compare.
+    write_jsonl_atomically(folder / "finetuned_predictions.jsonl", [{**row, "decoding": "greedy"} for row in rows])
+    with pytest.raises(UserError, match="are of different flags of decoding, so their scores do not compare"):
+        run(RECIPE, {**flags, "stages": ["report"], "scores": ["bleu4"]})
 
 
 @pytest.fixture(scope="module")

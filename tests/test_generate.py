@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qvl import scenes
 from qvl.errors import UserError
-from qvl.generate import Decoding, PromptCollator, generate
+from qvl.generate import Decoding, PromptCollator, end_tokens, generate
 from qvl.graphed_decoding import GraphedDecoding
 from qvl.models import load_base
 from qvl.positions import positions_of
@@ -115,8 +115,24 @@ def test_the_loop_for_captured_steps_answers_as_upstreams(model: Any, processor:
         if "past_key_values" in extra:
             extra["past_key_values"] = loop.empty_cache(model)
         torch.manual_seed(3)
-        tokens.append(model.generate(**batch, **extra, generation_config=options.config(processor)))
+        tokens.append(model.generate(**batch, **extra, generation_config=options.config(processor, model)))
     assert all(torch.equal(found, tokens[0]) for found in tokens[1:])
+
+
+def test_answers_end_at_every_end_token_of_the_model(
+    model: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen's generation_config.json has two."""
+    row = prompts(1)
+    batch = PromptCollator(processor)(row)
+    config = decoding().config(processor, model)
+    third = model.generate(**batch, generation_config=config)[0, batch["input_ids"].shape[1] + 2].item()
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [config.eos_token_id[0], third])
+    words = generate(model, processor, row, decoding())[0]
+    assert end_tokens(processor, model) == [config.eos_token_id[0], third]
+    ended = model.generate(**batch, generation_config=decoding().config(processor, model))
+    assert ended.shape[1] == batch["input_ids"].shape[1] + 3
+    assert words == processor.tokenizer.decode(ended[0, -3:], skip_special_tokens=True).strip()
 
 
 def test_positions_made_by_workers_are_the_models(model: Any, processor: Any) -> None:

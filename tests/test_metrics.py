@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from captions import random_items
 from hypothesis import given, settings
@@ -262,6 +263,17 @@ def test_a_recipes_own_score_that_is_no_number_is_named(value: object, message: 
     own = {"mine": TextScore(lambda prediction, references: value, "mine")}  # type: ignore[arg-type,return-value]
     with pytest.raises(UserError, match=message):
         score({"a": "x"}, {"a": ["x"]}, ["mine"], own)
+
+
+def test_a_recipes_own_score_that_fails_is_named_with_its_answer() -> None:
+    own = {"mean length": TextScore(lambda prediction, references: 1 / len(prediction), "mine")}
+    with pytest.raises(UserError, match=r"`mean length` fails for 'b', answer '': ZeroDivisionError: division by zero"):
+        score({"a": "x", "b": ""}, {"a": ["x"], "b": ["y"]}, ["mean length"], own)
+
+
+def test_a_recipes_own_score_may_be_numpys() -> None:
+    own = {"same": TextScore(lambda prediction, references: np.bool_(prediction == "x"), "same")}
+    assert score({"a": "x", "b": ""}, {"a": ["x"], "b": ["y"]}, ["same"], own) == {"same": 0.5}
 
 
 def test_unknown_scores_name_the_nearest_one() -> None:
