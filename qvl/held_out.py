@@ -5,7 +5,7 @@ loss moved from 6.354 to 6.272 with the batch size alone.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from qvl.collators import CompletionCollator
 from qvl.encode import IGNORED_LABEL
 from qvl.features import encoder_inputs
 from qvl.processes import gathered, own_batches
+from qvl.segment_attention import SEGMENTS_PER_SAMPLE
 
 # Rows of logits at a time: 1,024 of 151,936 fp32 numbers are 0.6 GiB.
 _TOKENS_PER_CHUNK = 1024
@@ -27,13 +28,13 @@ _TOKENS_PER_CHUNK = 1024
 
 @dataclass(frozen=True)
 class TokenSums:
-    """Sums over the target tokens of each row of a batch.
+    """Sums over the target tokens of each sample of a batch, in its order; rows without segments hold one each.
 
     Attributes:
-        losses: [B] float64, negative log-likelihood in nats.
-        num_tokens: [B] int64, how many targets there are.
-        num_correct: [B] int64, those that the model gives the highest probability.
-        entropies: [B] float64, of the model's distribution at each target, in nats.
+        losses: [N] float64, negative log-likelihood in nats.
+        num_tokens: [N] int64, how many targets there are.
+        num_correct: [N] int64, those that the model gives the highest probability.
+        entropies: [N] float64, of the model's distribution at each target, in nats.
     """
 
     losses: torch.Tensor
@@ -42,19 +43,20 @@ class TokenSums:
     entropies: torch.Tensor
 
     def stacked(self) -> torch.Tensor:
-        """[B, 4] float64 in the order of the attributes, for gathering over processes."""
+        """[N, 4] float64 in the order of the attributes, for gathering over processes."""
         return torch.stack([self.losses, self.num_tokens.double(), self.num_correct.double(), self.entropies], dim=1)
 
 
 def token_sums(model: PreTrainedModel | PeftModel, batch: dict[str, torch.Tensor]) -> TokenSums:
-    """Runs a batch of `CompletionCollator` and sums over its labels; the token at t is predicted at t - 1.
+    """Runs a batch of one of qvl's collators and sums over its labels; the token at t is predicted at t - 1.
 
     The head computes the logits of targets only, and few at a time: those of every token of a batch would need more
     memory than the model.
 
     Args:
         model: base or adapter on it, on the batch's device.
-        batch: model inputs, or features in place of pixels, and `labels` (int64, (B, T)).
+        batch: model inputs, or features in place of pixels, and `labels` (int64, (B, T)); `segment_ids` tell samples
+            of one row apart.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -63,8 +65,10 @@ def token_sums(model: PreTrainedModel | PeftModel, batch: dict[str, torch.Tensor
     rows, places = torch.nonzero(targets != IGNORED_LABEL, as_tuple=True)
     numbers = [_of_chunk(base, hidden[row, place], targets[row, place]) for row, place in _chunks(rows, places)]
     per_token = torch.cat(numbers) if numbers else torch.zeros(0, 3, dtype=torch.float64, device=hidden.device)
-    sums = torch.zeros(len(targets), 3, dtype=torch.float64, device=hidden.device).index_add_(0, rows, per_token)
-    num_tokens = torch.bincount(rows, minlength=len(targets))
+    numbers_of_samples, num_samples = _samples(batch)
+    samples = numbers_of_samples[rows, places + 1]
+    sums = torch.zeros(num_samples, 3, dtype=torch.float64, device=hidden.device).index_add_(0, samples, per_token)
+    num_tokens = torch.bincount(samples, minlength=num_samples)
     return TokenSums(sums[:, 0], num_tokens, sums[:, 1].long(), sums[:, 2])
 
 
@@ -133,6 +137,27 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
+
+
+def _samples(batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """The number of each token's sample in the batch, int64 (B, T), and how many samples there are.
+
+    Example, a padding-free row of two samples, one with two answers, and padding::
+
+        segment_ids   0 0 1 1 2 2 4096 4096 -1
+        samples       0 0 0 0 0 0    1    1 -1
+
+    Args:
+        batch: with `labels`; without `segment_ids` each row is a sample.
+    """
+    labels = batch["labels"]
+    rows = torch.arange(len(labels), device=labels.device)[:, None]
+    if "segment_ids" not in batch:
+        return rows.expand_as(labels), len(labels)
+    in_row = batch["segment_ids"].div(SEGMENTS_PER_SAMPLE, rounding_mode="floor")
+    # Rows of several samples have no other rows beside them, and other rows hold one sample each.
+    num_in_row = int(in_row.max()) + 1
+    return rows * num_in_row + in_row, len(labels) * num_in_row
 
 
 def _chunks(rows: torch.Tensor, places: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:

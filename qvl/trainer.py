@@ -120,7 +120,8 @@ class CompletionTrainer(SFTTrainer):
         with torch.no_grad():
             inputs = self._prepare_inputs(inputs)
             sums = token_sums(self.accelerator.unwrap_model(model), inputs)
-        # Rows that fill up the last batch of a process are left out here.
+        # Samples that fill up the last batch of a process are left out here. It counts samples, and a padding-free
+        # batch is one row of many: the sums are those of samples, not of rows.
         self._held_out_sums += self.accelerator.gather_for_metrics(sums.stacked()).sum(dim=0)
         return sums.losses.sum() / sums.num_tokens.sum().clamp(min=1), None, None
 

@@ -19,6 +19,9 @@ from qvl.data import DataConfig, load_examples, separate_completions
 from qvl.encode import IGNORED_LABEL
 from qvl.held_out import held_out_losses, means, token_sums
 from qvl.models import load_base
+from qvl.positions import positions_of
+from qvl.segment_attention import use_segment_attention
+from qvl.shared_prefix import SharedPrefixCollator
 from qvl.trainer import CompletionTrainer, build_trainer
 
 BATCH_SIZES = (1, 2, 4, 7)
@@ -47,6 +50,24 @@ def test_sums_are_those_of_the_full_logits(name: str) -> None:
     assert sums.num_tokens.tolist() == (labels != IGNORED_LABEL).sum(dim=1).tolist()
     torch.testing.assert_close(sums.losses, losses.sum(dim=1), rtol=1e-5, atol=1e-5)
     assert sums.num_correct.tolist() == (logits.argmax(dim=-1) == labels).sum(dim=1).tolist()
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize("name", [*VISION, CHAT])
+def test_samples_of_one_row_are_summed_apart(name: str, padding_free: bool) -> None:
+    rows = rows_for(name)
+    model = copy.deepcopy(base(name))
+    with torch.no_grad():
+        expected = token_sums(model, CompletionCollator(processing_class(name), None)(rows)).stacked()
+        use_segment_attention(model)
+        collator = SharedPrefixCollator(
+            processing_class(name), positions_of(model.config), None, padding_free=padding_free, pad_to_multiple_of=16
+        )
+        batch = collator(rows)
+        batch.pop("num_answers")
+        found = token_sums(model, batch).stacked()
+    assert len(batch["labels"]) == (1 if padding_free else len(rows))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_that_knows_nothing_has_the_vocabulary_for_perplexity() -> None:

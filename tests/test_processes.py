@@ -17,9 +17,10 @@ from PIL import Image
 from qvl import processes
 from qvl.errors import UserError
 from qvl.files import read_jsonl
-from qvl.recipe import run
+from qvl.recipe import Recipe, run
 from qvl.settings import Settings, parse_settings
 from qvl.sharding import Sharding, require_shardable, sharding
+from recipes import qwen_chat
 from recipes.flickr8k import RECIPE
 
 ROOT = Path(__file__).parents[1]
@@ -51,12 +52,12 @@ def words(flags: dict[str, Any]) -> list[str]:
     ]
 
 
-def launch(file: str, place: Path, *flags: str) -> subprocess.Popen[str]:
+def launch(file: str, place: Path, *flags: str, recipe: str = "flickr8k.py") -> subprocess.Popen[str]:
     """A user's command; --smoke computes on the CPU, where the launch files' processes talk through gloo."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH_FILES / file)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, str(ROOT / "recipes" / "flickr8k.py"), *flags],
+        [*command, str(ROOT / "recipes" / recipe), *flags],
         cwd=place,
         env=environment,
         text=True,
@@ -141,6 +142,30 @@ def test_one_of_two_processes_writes_and_speaks(one: Path, two: tuple[Path, str]
         assert screen.count(line) == 1, line
     assert screen.count("\n== evaluate ==") == 1
     assert "Warning" not in screen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "flags"),
+    [
+        (RECIPE, {**SHORT, "captions_per_image": 1, "padding_free": True}),
+        (qwen_chat.RECIPE, {**SHORT, "captions_per_image": 1, "packing": True, "max_length": 256}),
+    ],
+    ids=["padding_free", "packing"],
+)
+def test_two_processes_hold_out_rows_without_padding_as_one_does(
+    recipe: Recipe, flags: dict[str, Any], tmp_path: Path
+) -> None:
+    """7 rows in batches of 3: what fills up the last one counts nowhere, although a batch is one row."""
+    # Before the first step, where the model is the same to the last bit.
+    flags = {**flags, "max_steps": 1, "stages": ["train"], "eval_on_start": True, "per_device_train_batch_size": 1}
+    process = launch("ddp.yaml", tmp_path, *words({**flags, "output_dir": "run"}), recipe=f"{recipe.name}.py")
+    screen, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, screen
+    run(recipe, {**flags, "output_dir": str(tmp_path / "one")})
+    for key in ("eval_loss", "eval_perplexity", "eval_entropy", "eval_mean_token_accuracy"):
+        (ours,), (theirs,) = logged(tmp_path / "run", key), logged(tmp_path / "one", key)
+        assert ours == pytest.approx(theirs, rel=TOLERANCE), key
 
 
 @pytest.mark.slow
