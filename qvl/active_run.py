@@ -102,9 +102,6 @@ class Run:
         flags = self.settings.recipe
         if not flags.cache_vision_features:
             return examples
-        fingerprint = self.data.summary.fingerprint
-        if self._features is None and self.kept is not None:
-            self._features = self.kept.features(self.settings, fingerprint)
         if self._features is None:
             self._features = cache_features(
                 self.load_base(),
@@ -116,7 +113,7 @@ class Run:
                 self.settings.training.dataloader_num_workers,
             )
             if self.kept is not None:
-                self.kept.keep_features(self._features, self.settings, fingerprint)
+                self.kept.keep_features(self._features.claim)
         return with_cached_features(examples, self._features)
 
     def put_metrics(self, part: str, values: dict[str, Any]) -> None:

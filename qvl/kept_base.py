@@ -1,8 +1,9 @@
-"""The base model and the vision features of one run, kept for the next one of the same process (a trial of a sweep).
+"""The base model of one run, kept for the next one of the same process (a trial of a sweep), and its vision features.
 
 Loading an 8B model takes longer than many a trial's first steps. Whatever happened to the run that used the base (it
 finished, was stopped, ran out of memory), the next one gets it as it was loaded: the same modules with the same hooks,
-no adapter, no gradients.
+no adapter, no gradients. Of the features only their room on disk is kept: each run hashes its images anew and finds
+them in the store by their contents, since names and sizes do not tell that a picture is the same.
 """
 
 import json
@@ -15,12 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qvl import models
-from qvl.features import FeatureTable
+from qvl.feature_store import Claim
 from qvl.memory_use import give_back_unused
 from qvl.settings import Settings
 
-# Flags of ours that decide what the base is or how its images are processed; upstream's are told by `ModelConfig`.
-_OWN_FLAGS = ("min_pixels", "max_pixels", "num_image_tokens", "vision_")
+# Flags of ours that decide what the base is; upstream's are told by `ModelConfig`.
+_OWN_FLAGS = ("num_image_tokens", "vision_")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LEFT_BY_PEFT = ("peft_config", "_hf_peft_config_loaded", "_require_grads_hook", "_require_grads_hooks")
 
@@ -37,8 +38,7 @@ class KeptBase:
     _model: PreTrainedModel | None = None
     _as_loaded: "_Structure | None" = None
     _key: str = ""
-    _features: FeatureTable | None = None
-    _features_key: str = ""
+    _features_claim: Claim | None = None
 
     def load(self, settings: Settings, device: torch.device) -> PreTrainedModel:
         """The base model of a run: the kept one if it is the same, else a new one, which is kept from now on.
@@ -67,15 +67,11 @@ class KeptBase:
         self._model = self._as_loaded = None
         self.clean()
 
-    def features(self, settings: Settings, data_fingerprint: str) -> FeatureTable | None:
-        """The vision features that a run on the same base, rows and pixels has made sure of."""
-        return self._features if self._features_key == _features_key(settings, data_fingerprint) else None
-
-    def keep_features(self, table: FeatureTable, settings: Settings, data_fingerprint: str) -> None:
-        """Keeps them in place of those of other rows."""
-        if self._features is not None:
-            self._features.claim.release()
-        self._features, self._features_key = table, _features_key(settings, data_fingerprint)
+    def keep_features(self, claim: Claim) -> None:
+        """Keeps a run's features from being evicted until a later run has claimed its own."""
+        if self._features_claim is not None:
+            self._features_claim.release()
+        self._features_claim = claim
 
 
 class _Structure:
@@ -131,7 +127,3 @@ def _key_of(settings: Settings, device: torch.device) -> str:
         **{name: value for name, value in own.items() if name.startswith(_OWN_FLAGS)},
     }
     return json.dumps(parts, default=str, sort_keys=True)
-
-
-def _features_key(settings: Settings, data_fingerprint: str) -> str:
-    return f"{_key_of(settings, settings.training.device)} {data_fingerprint}"

@@ -127,7 +127,7 @@ def run(
         recipe: the experiment.
         overrides: flags by name, above everything else.
         argv: command line without the program's name.
-        kept: base model and features that runs of one process share.
+        kept: what runs of one process share.
         callbacks: of the trainer, for whoever follows the training from outside.
 
     Returns:

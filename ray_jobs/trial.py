@@ -1,4 +1,4 @@
-"""A trial of a sweep as Ray Tune runs it: an actor that keeps base model and features from trial to trial."""
+"""A trial of a sweep as Ray Tune runs it: an actor that keeps the base model from trial to trial."""
 
 import os
 import shutil

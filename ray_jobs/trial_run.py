@@ -59,7 +59,7 @@ class TrialRun:
             file: the recipe.
             words: its command line.
             overrides: flags by name, above the command line.
-            kept: base and features of earlier runs of this process.
+            kept: what earlier runs of this process have left.
             log: file for what the run prints.
         """
         self._file, self._words, self._overrides, self._kept, self._log = file, words, overrides, kept, log

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import picture
 
 from qvl.files import read_jsonl
 from qvl.kept_base import KeptBase
@@ -140,7 +141,28 @@ def test_features_are_computed_once_for_all_trials(tmp_path: Path) -> None:
         run.next_report()
         run.stop()
     assert "are computed now" in (tmp_path / "one.log").read_text()
-    assert "Vision features" not in (tmp_path / "two.log").read_text()
+    assert "all are there already" in (tmp_path / "two.log").read_text()
+
+
+def test_a_picture_that_changes_between_two_trials_is_seen_anew(tmp_path: Path) -> None:
+    """Its name, its size and the bytes of its file stay what they were."""
+    rows = [{"image": f"{n}.bmp", "captions": ["a dog"], "split": s} for n in range(3) for s in ("train", "test")]
+    (tmp_path / "captions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    kept = KeptBase()
+    flags = {"dataset_name": str(tmp_path), "num_train_examples": 3, "captions_per_image": 1, "max_steps": 1}
+    cached = {"cache_vision_features": True, "vision_cache_dir": str(tmp_path / "features")}
+    curves = []
+    for name, seed, own in (("before", 0, cached), ("after", 1, cached), ("pixels", 1, {})):
+        for number in range(3):
+            picture(64, 64, 3 * seed + number).save(tmp_path / f"{number}.bmp")
+        run = trial(tmp_path / name, kept, **flags, **own)
+        run.next_report()
+        run.stop()
+        curves.append(losses(tmp_path / name))
+    before, after, pixels = curves
+    assert after == pytest.approx(pixels, rel=1e-5) != before
+    claims = list((tmp_path / "features" / "in-use").glob("*.json"))
+    assert len(claims) == 1, "a run's claim ends where the next one has its own"
 
 
 def test_a_changed_learning_rate_is_what_a_resumed_training_uses(tmp_path: Path) -> None:
