@@ -218,18 +218,22 @@ class FeatureStore:
         return self.folder / namespace / image[:2] / f"{image}.safetensors"
 
     def _claimed(self) -> dict[str, int]:
-        """Bytes by key of all that living processes use; what dead ones left behind is removed."""
+        """Bytes by key of all that living processes use; what dead ones left behind is removed.
+
+        A claim may be released at any moment, since that waits for nobody: then its files are gone.
+        """
         claimed: dict[str, int] = {}
         for path in self._claims.glob("*.json"):
             lock = FileLock(_lock_path(path))
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                claimed |= json.loads(path.read_text(encoding="utf-8"))
+                with contextlib.suppress(FileNotFoundError):
+                    claimed |= json.loads(path.read_text(encoding="utf-8"))
             else:
-                path.unlink()
+                path.unlink(missing_ok=True)
                 lock.release()
-                _lock_path(path).unlink()
+                _lock_path(path).unlink(missing_ok=True)
         return claimed
 
     def _present(self) -> dict[str, tuple[int, float]]:

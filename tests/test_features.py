@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from filelock import FileLock
 from packaging.version import Version
 from PIL import Image
 from tiny import CHAT, LLAVA, VISION, base, picture, processing_class, settings_for
@@ -507,6 +508,26 @@ def test_what_another_run_is_about_to_write_counts(tmp_path: Path) -> None:
     store.claim({"tower/0": BYTES, "tower/1": BYTES}).release()  # the same ones take no more room
     first.release()
     store.claim({"other/0": BYTES, "other/1": BYTES}).release()
+
+
+@pytest.mark.parametrize("is_unlocked", [False, True])
+def test_a_claim_may_be_released_while_another_process_looks_at_it(
+    is_unlocked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the listing of claims and the attempt to lock them: the file is gone, and its lock may be too."""
+    store = FeatureStore(tmp_path, 4 / 1024)
+    other = store.claim({f"tower/{n}": BYTES for n in range(3)})
+
+    class LockOfAnInstantLater(FileLock):
+        def acquire(self, *args: Any, **kwargs: Any) -> Any:
+            if Path(self.lock_file) == other._path.with_suffix(".lock"):
+                other.release() if is_unlocked else other._path.unlink()
+            return super().acquire(*args, **kwargs)
+
+    monkeypatch.setattr("qvl.feature_store.FileLock", LockOfAnInstantLater)
+    store.claim({"other/0": BYTES, "other/1": BYTES}).release()
+    assert not is_unlocked or not list((tmp_path / "in-use").iterdir())
+    other.release()
 
 
 def test_a_run_that_does_not_fit_is_told_before_it_starts(tmp_path: Path) -> None:
