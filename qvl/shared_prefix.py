@@ -13,15 +13,23 @@ from qvl.encode import IGNORED_LABEL, ProcessingClass, Segment, segments, tokeni
 from qvl.positions import Positions, split_grids
 from qvl.segment_attention import PADDING_SEGMENT, SEGMENTS_PER_SAMPLE
 
-# Families whose loss and gradients a test holds to those of separate samples (tests/test_shared_prefix.py).
-_PROVEN = ("qwen3_vl_text", "qwen2_5_vl_text", "qwen3", "qwen2")
+# Families whose loss and gradients a test holds to those of separate samples (tests/test_shared_prefix.py), each with
+# its language models. Another family around the same language model may place images in another way.
+_PROVEN = {
+    "qwen3_vl": ("qwen3_vl_text",),
+    "qwen2_5_vl": ("qwen2_5_vl_text",),
+    "llava": ("qwen3", "qwen2"),
+    "qwen3": ("qwen3",),
+    "qwen2": ("qwen2",),
+}
 
 
 def segment_refusal(config: PretrainedConfig, attn_implementation: str | None) -> str | None:
     """Why a model cannot train on samples that share a row; None if it can."""
     text = config.get_text_config(decoder=True)
-    if text.model_type not in _PROVEN:
-        return f"it is not proven for models of type {text.model_type}"
+    if text.model_type not in _PROVEN.get(config.model_type, ()):
+        inside = f" with {text.model_type}" if text is not config else ""
+        return f"it is not proven for models of type {config.model_type}{inside}"
     if any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ()):
         return "some layers of this model do not attend to the whole row"
     if attn_implementation not in (None, "sdpa"):

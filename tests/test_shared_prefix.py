@@ -10,7 +10,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import CHAT, LLAVA, VISION, base, message, picture, processing_class
-from transformers import LlamaConfig, PreTrainedModel, Qwen2Config
+from transformers import (
+    InternVLConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from qvl.collators import CompletionCollator
@@ -202,6 +211,20 @@ def test_models_that_are_not_proven_are_refused_with_the_reason() -> None:
     assert "not proven for models of type llama" in str(segment_refusal(LlamaConfig(), None))
     sliding = Qwen2Config(num_hidden_layers=2, use_sliding_window=True, sliding_window=8, max_window_layers=0)
     assert "do not attend to the whole row" in str(segment_refusal(sliding, None))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_proven_families_are_those_compared_above(name: str) -> None:
+    assert segment_refusal(base(name).config, None) is None
+
+
+@pytest.mark.parametrize("family", [InternVLConfig, LlavaOnevisionConfig, LlavaNextConfig])
+@pytest.mark.parametrize("text", [Qwen2Config, Qwen3Config])
+def test_a_proven_language_model_does_not_prove_what_is_around_it(
+    family: type[PretrainedConfig], text: type[PretrainedConfig]
+) -> None:
+    reason = f"not proven for models of type {family.model_type} with {text.model_type}"
+    assert reason in str(segment_refusal(family(text_config=text()), None))
 
 
 # The whole recipe
