@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from qvl.collators import fit_row
 from qvl.conversations import assistant_message
 from qvl.encode import IGNORED_LABEL, ProcessingClass, Segment, segments, tokenize, tokenizer_of
+from qvl.errors import UserError
 from qvl.positions import Positions, split_grids
 from qvl.segment_attention import PADDING_SEGMENT, SEGMENTS_PER_SAMPLE
 
@@ -108,7 +109,8 @@ class SharedPrefixCollator:
             (rows, length), for Qwen-VL (3, rows, length)), `num_answers` (int), and the processor's image inputs.
 
         Raises:
-            UserError: an answer without a target, or longer than `max_length` with its prompt; the row is named.
+            UserError: an answer without a target, or longer than `max_length` with its prompt, or more answers to one
+                prompt than segment ids have room for; the row is named.
         """
         examples = [example for row in examples for example in row.get("pack", [row])]
         marked = [marked_parts(example, self.processing_class) for example in examples]
@@ -133,6 +135,7 @@ class SharedPrefixCollator:
             ids, labels = self._fit(ids, labels, example)
             return _Row(ids, labels, [0] * len(ids), self.positions(ids, grid), 1)
         (prompt, _), *answers = pieces
+        _require_room(len(answers), example["where"])
         whole = self.positions(prompt, grid)
         ids, labels = prompt[:-1], [IGNORED_LABEL] * (len(prompt) - 1)
         branches, positions = [0] * len(ids), [whole[:, :-1]]
@@ -177,6 +180,20 @@ class SharedPrefixCollator:
 
     def _rounded(self, length: int) -> int:
         return -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+
+
+def _require_room(num_answers: int, where: str) -> None:
+    """Stops where the branches of a tree would be numbered into the next sample.
+
+    Raises:
+        UserError: more answers than a sample has numbers for.
+    """
+    most = SEGMENTS_PER_SAMPLE - 1
+    if num_answers > most:
+        raise UserError(
+            f"{where}: {num_answers} answers to one prompt, and at most {most} can share it. Spread them with "
+            f"--captions_per_step {most} or less, or train each in a row of its own with --no_shared_prefix."
+        )
 
 
 def marked_parts(example: dict[str, Any], processing_class: ProcessingClass) -> list[Segment]:

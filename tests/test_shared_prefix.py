@@ -205,6 +205,16 @@ def test_an_answer_that_is_too_long_is_named() -> None:
     assert cut["input_ids"].shape[1] < whole["input_ids"].shape[1]
 
 
+def test_more_answers_than_a_sample_has_numbers_for_are_named() -> None:
+    most = SEGMENTS_PER_SAMPLE - 1
+    after = tree("b", ["y", "z"])
+    batch = collator(CHAT, padding_free=True)([tree("a", ["x"] * most), after])
+    assert set((batch["segment_ids"] // SEGMENTS_PER_SAMPLE).flatten().tolist()) == {0, 1}
+    assert int((batch["segment_ids"] == SEGMENTS_PER_SAMPLE + 2).sum()) > 1
+    with pytest.raises(UserError, match=rf"^rows\.jsonl:7: {most + 1} answers .* --captions_per_step {most} or less"):
+        collator(CHAT)([tree("a", ["x"] * (most + 1), where="rows.jsonl:7"), after])
+
+
 def test_models_that_are_not_proven_are_refused_with_the_reason() -> None:
     assert segment_refusal(base(VISION[0]).config, None) is None
     assert "flash_attention_2 knows no segments" in str(segment_refusal(base(VISION[0]).config, "flash_attention_2"))
