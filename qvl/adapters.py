@@ -1,5 +1,6 @@
 """Puts adapters where they belong: in the language model, chosen by path; and says what they touch."""
 
+import itertools
 import re
 import warnings
 from collections import Counter
@@ -20,7 +21,7 @@ from qvl.errors import UserError
 from qvl.flags import TRAINABLE_PARTS
 from qvl.models import language_model_path
 from qvl.settings import Settings
-from qvl.trained_parts import TrainedPart, is_trained_whole, modules_to_save, trained_parts
+from qvl.trained_parts import TrainedPart, is_trained_whole, modules_to_save, trained_parts, whole_parts
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 DEFAULT_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -129,6 +130,34 @@ def lora_config(model: PreTrainedModel, settings: Settings, parts: Sequence[Trai
         task_type="CAUSAL_LM",
         bias="none",
     )
+
+
+def require_modules_in_language_model(model: PreTrainedModel, settings: Settings) -> None:
+    """Stops where `--lora_modules_to_save` names what is not in the language model; needs no weights.
+
+    `require_adapter_in_language_model` would do so once there is an adapter, after a whole stage of answers.
+
+    Args:
+        model: a base without an adapter; its weights may be on the meta device.
+        settings: whose flags count; an `--adapter` that is trained further brings modules of its own.
+
+    Raises:
+        UserError: a name that matches nothing, or modules outside the language model that no other flag asks for.
+    """
+    if settings.recipe.adapter is not None:
+        return
+    names = settings.model.lora_modules_to_save or []
+    _require_modules(model, names)
+    path, parts = language_model_path(model), trained_parts(model, settings)
+    for wanted, (name, module) in itertools.product(names, model.named_modules()):
+        # PEFT's own rule. What has no weights has nothing to train.
+        is_meant = name.endswith(wanted) and next(module.parameters(), None) is not None
+        if is_meant and not f"{name}.".startswith(f"{path}.") and not is_trained_whole(f"{name}.", parts):
+            flags = " or ".join(f"--train_{part}" for part in whole_parts(model))
+            raise UserError(
+                f"--lora_modules_to_save {wanted}: {name} lies outside the language model ({path}). Name modules "
+                f"inside of it{f', or train parts beside it with {flags}' if flags else ''}."
+            )
 
 
 def _require_modules(model: PreTrainedModel, names: Sequence[str]) -> None:

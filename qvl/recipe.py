@@ -210,7 +210,7 @@ def _run_stages(
     from qvl import run_folder
     from qvl.active_run import Run, load_data
     from qvl.adapter_origin import other_origin
-    from qvl.adapters import require_adapter
+    from qvl.adapters import require_adapter, require_modules_in_language_model
     from qvl.files import write_text_atomically
     from qvl.fp8 import require_fp8
     from qvl.memory import memory_for_run
@@ -232,6 +232,8 @@ def _run_stages(
     config = load_config(settings)
     if names_of_trained_parts(settings):
         trained_parts(skeleton(config), settings)  # stops now where there is no such part
+    if "train" in settings.recipe.stages and settings.model.lora_modules_to_save:
+        require_modules_in_language_model(skeleton(config), settings)
     adapter = _adapter_to_use(settings, folder)
     if "evaluate" in settings.recipe.stages and "train" not in settings.recipe.stages and adapter is None:
         raise UserError(f"{folder} holds no adapter yet: run --stages train first, or name one with --adapter DIR.")

@@ -19,7 +19,13 @@ from tiny import CHAT, CPU, LLAVA, VISION, answered, base, conversation, picture
 from torch import nn
 from transformers import PreTrainedModel
 
-from qvl.adapters import add_adapter, load_adapter, report_parameters, require_adapter_in_language_model
+from qvl.adapters import (
+    add_adapter,
+    load_adapter,
+    report_parameters,
+    require_adapter_in_language_model,
+    require_modules_in_language_model,
+)
 from qvl.checks import hash_parameters
 from qvl.collators import CompletionCollator
 from qvl.encode import tokenize, tokenizer_of
@@ -33,7 +39,9 @@ from qvl.models import (
     skeleton,
 )
 from qvl.padding_token import ensure_padding_token
+from qvl.recipe import run
 from qvl.settings import parse_settings
+from recipes.flickr8k import RECIPE
 
 ALL = [*VISION, CHAT, LLAVA]
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -123,8 +131,24 @@ def test_modules_to_save_outside_of_it_stop_the_run(name: str, module: str) -> N
     with pytest.raises(UserError, match=rf"outside the language model, the first is .*{module}"):
         require_adapter_in_language_model(report)
 
+    with pytest.raises(
+        UserError, match=rf"--lora_modules_to_save {module}: .*{module} lies outside the language model"
+    ):
+        require_modules_in_language_model(base(name), settings_for(name, "--lora_modules_to_save", module))
+
+
+def test_modules_to_save_outside_of_it_stop_before_the_base_is_loaded(tmp_path: Path, capsys: Any) -> None:
+    flags = ["--smoke", "--cache_vision_features", "--lora_modules_to_save", "merger", "--output_dir", str(tmp_path)]
+    with pytest.raises(UserError, match=r"model\.visual\.merger lies .* with --train_merger or --train_vision_tower\."):
+        run(RECIPE, argv=flags)
+    assert "Loading" not in capsys.readouterr().out
+
 
 def test_modules_to_save_inside_of_it_are_trained() -> None:
+    settings = settings_for(VISION[0], "--lora_modules_to_save", "q_norm")
+    require_modules_in_language_model(base(VISION[0]), settings)
+    asked_for_twice = settings_for(VISION[0], "--lora_modules_to_save", "merger", "--train_merger")
+    require_modules_in_language_model(base(VISION[0]), asked_for_twice)
     report = report_parameters(adapted(VISION[0], "--lora_modules_to_save", "q_norm"))
     require_adapter_in_language_model(report)
     assert report.modules["model.language_model.layers.*.self_attn.q_norm"] == 4
