@@ -13,6 +13,7 @@ settings. Nothing of the user's is written but bench.json and bench.png.
 
 import argparse
 import dataclasses
+import math
 import runpy
 import shutil
 import sys
@@ -28,8 +29,6 @@ from qvl.recipe import Recipe, quieten_and_tame_libraries
 if TYPE_CHECKING:
     from qvl.bench_cases import Case
     from qvl.bench_rounds import Plan
-
-_NO_LIMIT_SECONDS = 1e9
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -75,7 +74,7 @@ def bench(argv: Sequence[str]) -> int:
             prepare(case, recipe, recipe_argv, options.trl_batch_size, scratch, options.random_weights)
             for case in cases
         ]
-        rounds = Rounds(plan, folder, prepared, start + (options.max_seconds or _NO_LIMIT_SECONDS))
+        rounds = Rounds(plan, folder, prepared, start + options.max_seconds)
         rounds.run()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -114,6 +113,8 @@ def _plan(options: argparse.Namespace, recipe_argv: Sequence[str]) -> "Plan":
     for name in ("num_rounds", "num_warmup_steps", "num_blocks", "num_block_steps"):
         if getattr(plan, name) < 1:
             raise UserError(f"--{name} {getattr(plan, name)}: it has to be at least 1.")
+    if not options.max_seconds > 0:
+        raise UserError(f"--max_seconds {options.max_seconds:g}: it has to be above 0; leave it out for no limit.")
     return plan
 
 
@@ -137,7 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_block_steps", type=int, help="optimizer steps of a block (40)")
     parser.add_argument("--trl_once", action="store_true", help="run TRL's cases in the first round only")
     parser.add_argument("--trl_batch_size", type=int, default=8, help="of TRL's cases that name none (8)")
-    parser.add_argument("--max_seconds", type=float, help="then stop; cases without a turn are reported as not run")
+    parser.add_argument(
+        "--max_seconds", type=float, default=math.inf, help="then stop; cases without a turn are reported as not run"
+    )
     parser.add_argument("--random_weights", action="store_true", help="make the model from its configuration alone")
     parser.add_argument("--output_dir", default="outputs/bench", help="gets bench.json and bench.png")
     return parser

@@ -255,6 +255,9 @@ def test_a_case_is_a_name_and_flags() -> None:
         (["--case", "a: --lora_rank 4"], "a: There is no flag --lora_rank. Did you mean"),
         (["--case", "a: --lora_r 4", "--case", "a: --lora_r 8"], 'two cases are called "a"'),
         (["--num_blocks", "0"], "--num_blocks 0: it has to be at least 1"),
+        (["--max_seconds", "0"], "--max_seconds 0: it has to be above 0"),
+        (["--max_seconds", "-5"], "--max_seconds -5: it has to be above 0"),
+        (["--max_seconds", "nan"], "--max_seconds nan: it has to be above 0"),
         (["--lora_rank", "4"], "There is no flag --lora_rank"),
     ],
 )
