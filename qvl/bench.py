@@ -6,7 +6,8 @@
 
 Flags of the recipe's command line count for all cases. A case, given with --case, is a name and flags of its own; one
 whose name begins with TRL is run by TRL's SFTTrainer and collator, the others by qvl. TRL's batch size, accumulation
-and checkpointing are its defaults unless its case names them. Without --case there are three: "TRL, its defaults",
+and checkpointing are its defaults unless its case names them. Both train the same parts of the model; a part's own
+learning rate is known to qvl alone, and --phase to neither. Without --case there are three: "TRL, its defaults",
 "TRL, its best batch" (doubles the batch until that is slower or out of memory) and "qvl", which takes the recipe's own
 settings. Nothing of the user's is written but bench.json and bench.png.
 """

@@ -26,6 +26,7 @@ from qvl.settings import Settings, parse_settings
 from qvl.survey import fit_rows, training_lengths
 from qvl.tracking import RunRecord
 from qvl.train_stage import trainer_arguments
+from qvl.trained_parts import trained_parts
 from qvl.trainer import build_trainer, train
 from qvl.training_form import lower_base_precision, recomputable_dropout, training_form
 from qvl.training_rows import packed_if_wanted, prepare_training_rows
@@ -201,15 +202,18 @@ class _NoRecord(RunRecord):
 
 @contextmanager
 def _qvl(run: Run, num_rows: int) -> Iterator[Contestant]:
-    """What the stage `train` runs."""
+    """What the stage `train` runs, without `--phase`: all that is trained is so from the first step, as TRL does it."""
     rows, collator = prepare_training_rows(run)
     base = run.load_base()
+    parts = trained_parts(base, run.settings)
     with training_form(run, base, collator):
         model = adapters.add_adapter(base, run.settings)
         lower_base_precision(run, model)
         recomputable_dropout(run, model)
         repeated = _repeated(packed_if_wanted(run, rows, collator), num_rows)
-        trainer = build_trainer(model, run.processing_class, repeated, None, trainer_arguments(run), collator)
+        trainer = build_trainer(
+            model, run.processing_class, repeated, None, trainer_arguments(run), collator, parts=parts
+        )
 
         def run_it() -> None:
             if train(trainer, lambda logs, step: None, None).terminated:
@@ -219,7 +223,10 @@ def _qvl(run: Run, num_rows: int) -> Iterator[Contestant]:
 
 
 def _plain_trl(run: Run, num_rows: int) -> Contestant:
-    """TRL as its documentation has it: a row per answer, TRL's collator, TRL's arguments, PEFT through TRL."""
+    """TRL as its documentation has it: a row per answer, TRL's collator, TRL's arguments, PEFT through TRL.
+
+    It trains the same parts as qvl, those beside LoRA as PEFT's `modules_to_save`, all at its one learning rate.
+    """
     recipe, max_length = run.settings.recipe, run.settings.training.max_length
     rows = separate_completions(run.data.train)
     rows = fit_rows(rows, training_lengths(rows, run.processing_class), max_length, recipe.overlong)
@@ -242,7 +249,7 @@ def _plain_trl(run: Run, num_rows: int) -> Contestant:
         args=arguments,
         train_dataset=_repeated(rows, num_rows),
         processing_class=run.processing_class,
-        peft_config=adapters.lora_config(base, run.settings),
+        peft_config=adapters.lora_config(base, run.settings, trained_parts(base, run.settings)),
     )
     return Contestant(trainer, trainer.train)
 

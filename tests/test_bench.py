@@ -21,7 +21,7 @@ from trl import ModelConfig, SFTConfig
 
 from qvl.adapters import add_adapter
 from qvl.bench import _parser, bench
-from qvl.bench_cases import TRL_BEST, TRL_DEFAULTS, Case, read_case
+from qvl.bench_cases import TRL_BEST, TRL_DEFAULTS, Case, contestant, prepare, read_case
 from qvl.bench_report import table
 from qvl.bench_timer import BlockTimer, measure_matmul_peak
 from qvl.bench_work import WeightCounts, Work, WorkCounter, count_weights
@@ -32,6 +32,7 @@ from qvl.errors import UserError
 from qvl.flags import RecipeArguments
 from qvl.models import load_base, load_config
 from qvl.random_weights import build_with_random_weights
+from recipes import qwen_clip
 
 RECIPE = str(Path(__file__).resolve().parent.parent / "recipes" / "flickr8k.py")
 SMALL = ["--smoke", "--num_train_examples", "4", "--num_eval_examples", "2", "--lora_dropout", "0"]
@@ -209,6 +210,26 @@ def test_rows_of_text_are_compared_too(form: str, tmp_path: Path) -> None:
     # TRL trains on the newline behind each answer too.
     assert trl["num_target_tokens"] == qvl["num_target_tokens"] + num_answers
     assert trl["num_patches"] == qvl["num_patches"] == 0
+
+
+@pytest.mark.slow
+def test_both_train_the_same_parts(tmp_path: Path) -> None:
+    flags = ["--smoke", "--num_train_examples", "4", "--num_eval_examples", "2", "--learning_rate", "0.001"]
+    flags += ["--projector_learning_rate", "0.125", "--vision_cache_dir", str(tmp_path / "features")]
+    shapes, rates = [], []
+    for case in (TRL_DEFAULTS, "qvl"):
+        prepared = prepare(read_case(case), qwen_clip.RECIPE, flags, 4, tmp_path, False)
+        with contestant(prepared, 2) as made:
+            made.trainer.create_optimizer()
+            trained = {name: p for name, p in made.trainer.model.named_parameters() if p.requires_grad}
+            shapes.append({name: p.shape for name, p in trained.items()})
+            groups = made.trainer.optimizer.param_groups
+            rates.append({group["lr"] for group in groups if group["params"]})
+            before = {name: p.detach().clone() for name, p in trained.items() if "multi_modal_projector" in name}
+            made.train()
+            assert before and not any(torch.equal(trained[name], values) for name, values in before.items())
+    assert shapes[0] == shapes[1]
+    assert rates == [{0.001}, {0.001, 0.125}]
 
 
 def test_without_time_left_the_rows_say_so(tmp_path: Path) -> None:
