@@ -271,6 +271,7 @@ def terminate(*_):
     raise Terminated
 
 signal.signal(signal.SIGTERM, terminate)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests in its background
 run_dir = Path(sys.argv[1])
 run_dir.mkdir(parents=True)
 with open_run("signals", run_dir, {"who": sys.argv[1]}, Path(sys.argv[2])) as record:
