@@ -16,9 +16,9 @@ from qvl.image_refs import ImageRef, dump_refs, load_refs, open_image
 from qvl.images import ImageError, decode_rgb
 from qvl.validate import GoodRow
 
-# Messages are JSON text: Arrow refuses a column whose values have different shapes.
 # What a row and its images are known by.
 _KNOWN_BY = ("id", "where", "image_names", "image_keys")
+# Messages are JSON text: Arrow refuses a column whose values have different shapes.
 _FEATURES = datasets.Features(
     {
         "id": datasets.Value("string"),

@@ -72,8 +72,7 @@ class Decoding:
 
 def end_tokens(processing_class: ProcessingClass, model: PreTrainedModel) -> list[int]:
     """Tokens that end an answer: the tokenizer's, and what generation_config.json has beside it (Qwen has two)."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    own = base.generation_config.eos_token_id if base.generation_config is not None else None
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
     own = own if isinstance(own, list) else [own]
     found = dict.fromkeys([tokenizer_of(processing_class).eos_token_id, *own])
     return [token for token in found if token is not None]

@@ -102,19 +102,20 @@ def write_report(run_dir: Path, open_image: OpenImage, recipe: str | None = None
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
         _resource("report.html.jinja")
     )
+    shown = most_telling(gallery)
+
+    def rendered(pictures: Mapping[str, str]) -> str:
+        return template.render(page | _gallery(shown, gallery), pictures=pictures)
+
     # The text's size is known once the page was rendered without pictures; they share what is left. Long texts take
     # half of the page at most, by fewer of them.
-    shown = most_telling(gallery)
-    text_bytes = len(template.render(page | _gallery(shown, gallery), pictures={}).encode())
-    while text_bytes > MAX_PAGE_BYTES // 2 and len(shown) > _LEAST_GALLERY:
+    while (text_bytes := len(rendered({}).encode())) > MAX_PAGE_BYTES // 2 and len(shown) > _LEAST_GALLERY:
         shown = most_telling(gallery, len(shown) // 2)
-        text_bytes = len(template.render(page | _gallery(shown, gallery), pictures={}).encode())
-    page |= _gallery(shown, gallery)
     evaluated = [*(sample.id for sample in samples), *(row.id for row in shown)]
     ids = [*(example["id"] for example in training_examples), *evaluated]
     pictures = _pictures(ids, open_image, MAX_PAGE_BYTES - text_bytes)
     path = run_dir / "report.html"
-    write_text_atomically(path, template.render(page, pictures=pictures))
+    write_text_atomically(path, rendered(pictures))
     return path
 
 

@@ -1,9 +1,8 @@
 """The phases of a training with a projector: `align` moves the projector alone, `instruct` the LoRA layers too.
 
 Both are one training with one schedule and one chain of checkpoints, in which LoRA is switched on at a step: resuming,
-stopping early and choosing the best checkpoint go as in any other training. Before, fresh LoRA
-layers compute nothing and have no gradients; those of `--adapter` compute, as the projector will be used with them, and
-stay as they are.
+stopping early and choosing the best checkpoint go as in any other training. Before, fresh LoRA layers compute nothing
+and have no gradients; those of `--adapter` compute, as the projector will be used with them, and stay as they are.
 """
 
 from collections.abc import Sequence
