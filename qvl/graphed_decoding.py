@@ -4,7 +4,7 @@
 masks, sampling and stopping stay upstream's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -37,7 +37,7 @@ class GraphedDecoding:
         self.max_cache_tokens = -(-max_cache_tokens // CACHE_MULTIPLE_TOKENS) * CACHE_MULTIPLE_TOKENS
         self._cache: StaticCache | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: dict[str, torch.Tensor] = {}
+        self._inputs: dict[str, Any] = {}
         self._logits = torch.empty(0)
         self._is_first = True
         self._can_capture = torch.cuda.is_available()
@@ -90,6 +90,9 @@ class GraphedDecoding:
             if not unfinished.any():
                 return input_ids
             inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+            if (types := inputs.get("mm_token_type_ids")) is not None:
+                # transformers 5.17 hands over those of the whole row, and a captured step has one shape.
+                inputs["mm_token_type_ids"] = types[:, -1:]
             outputs = CausalLMOutputWithPast(logits=self._step(model, inputs), past_key_values=self._cache)
 
     def _step(self, model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
@@ -98,23 +101,20 @@ class GraphedDecoding:
             # The first step runs as it is: libraries make their workspaces, which must not happen in a capture.
             self._is_first = False
             return model(**inputs, return_dict=True).logits
-        tensors = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
         if self._graph is None:
-            self._graph = self._capture(model, inputs, tensors)
+            self._graph = self._capture(model, inputs)
         if self._graph is None:
             return model(**inputs, return_dict=True).logits
-        for key, value in tensors.items():
-            self._inputs[key].copy_(value)
+        for own, given in zip(_tensors(self._inputs), _tensors(inputs), strict=True):
+            own.copy_(given)
         self._graph.replay()
         return self._logits
 
-    def _capture(
-        self, model: PreTrainedModel, inputs: dict[str, Any], tensors: dict[str, torch.Tensor]
-    ) -> torch.cuda.CUDAGraph | None:
+    def _capture(self, model: PreTrainedModel, inputs: dict[str, Any]) -> torch.cuda.CUDAGraph | None:
         """Records a step without running it; None where that fails, as with a step that asks the device something."""
-        self._inputs = {key: value.clone() for key, value in tensors.items()}
+        self._inputs = _cloned(inputs)
         try:
-            graph, self._logits = _captured(lambda: model(**{**inputs, **self._inputs}, return_dict=True).logits)
+            graph, self._logits = _captured(lambda: model(**self._inputs, return_dict=True).logits)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -122,6 +122,23 @@ class GraphedDecoding:
             print(f"Decoding without a captured graph, which is slower: {error}", flush=True)
             return None
         return graph
+
+
+def _tensors(inputs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """All tensors of a step's arguments; some models get a dict of masks, one for each kind of layer."""
+    for value in inputs.values():
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors(value)
+
+
+def _cloned(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with tensors of their own, and everything else as it is."""
+    return {
+        key: value.clone() if isinstance(value, torch.Tensor) else _cloned(value) if isinstance(value, dict) else value
+        for key, value in inputs.items()
+    }
 
 
 def _captured(work: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from tiny import settings_for
+from tiny import CHAT, LLAVA, VISION, base, message, processing_class, settings_for
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from qvl import scenes
+from qvl import graphed_decoding, scenes
 from qvl.errors import UserError
 from qvl.generate import Decoding, PromptCollator, end_tokens, generate
 from qvl.graphed_decoding import GraphedDecoding
@@ -117,6 +118,44 @@ def test_the_loop_for_captured_steps_answers_as_upstreams(model: Any, processor:
         torch.manual_seed(3)
         tokens.append(model.generate(**batch, **extra, generation_config=options.config(processor, model)))
     assert all(torch.equal(found, tokens[0]) for found in tokens[1:])
+
+
+class _Replayed:
+    """What a captured CUDA graph does, on a CPU: the same work again on the same memory."""
+
+    def __init__(self, work: Callable[[], torch.Tensor]) -> None:
+        self.work, self.num_replays = work, 0
+        self.out = torch.empty(0)
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        # Capturing runs nothing, so the output's memory is known from the first replay on.
+        self.out.resize_as_(result := self.work()).copy_(result)
+
+
+@pytest.mark.parametrize("name", [*VISION, CHAT, LLAVA])
+def test_a_replayed_step_sees_all_of_its_arguments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2.5-VL gets its masks in a dict; test_lowest_versions.py runs this with the oldest versions too."""
+    model, processor = base(name), processing_class(name)
+    graphs: list[_Replayed] = []
+
+    def captured(work: Callable[[], torch.Tensor]) -> tuple[_Replayed, torch.Tensor]:
+        graphs.append(_Replayed(work))
+        return graphs[-1], graphs[-1].out
+
+    monkeypatch.setattr(graphed_decoding, "_captured", captured)
+    options = decoding()
+    texts = [" ".join(WORDS[: n + 1]) for n in range(4)]
+    rows = prompts(4) if name != CHAT else [{"prompt": [message("user", text)], "images": []} for text in texts]
+    batch = PromptCollator(processor)(rows)
+    loop = GraphedDecoding(batch["input_ids"].shape[1] + options.max_new_tokens)
+    loop._can_capture = True
+    config = options.config(processor, model)
+    found = model.generate(
+        **batch, custom_generate=loop, past_key_values=loop.empty_cache(model), generation_config=config
+    )
+    assert torch.equal(found, model.generate(**batch, generation_config=config))
+    assert [graph.num_replays > 4 for graph in graphs] == [True]
 
 
 def test_answers_end_at_every_end_token_of_the_model(

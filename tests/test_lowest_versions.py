@@ -61,3 +61,20 @@ def test_the_smoke_runs_with_the_lowest_versions(
     assert json.loads(finished.stdout.splitlines()[-1]) == wanted
     metrics = json.loads((run_folder / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["finetuned"]["num_examples"] == NUM_EVAL_EXAMPLES
+
+
+def test_a_decoding_step_can_be_captured_with_the_lowest_versions(
+    project: Path, lowest_environment: dict[str, str]
+) -> None:
+    """A GPU's way of decoding, whose condition shows here: it works on the same memory again."""
+    words = "-m pytest -q -p no:cacheprovider tests/test_generate.py -k replayed_step"
+    finished = subprocess.run(
+        [sys.executable, *words.split()],
+        env=lowest_environment,
+        cwd=project,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout[-3000:]
+    assert "4 passed" in finished.stdout
