@@ -1,5 +1,6 @@
 """Loads base models and processors, in the precision and quantization of the run."""
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import Any, cast
@@ -164,6 +165,9 @@ def keep_quantized_weights_as_they_are(model: nn.Module) -> None:
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model without weights (meta device): its module names and parameter counts, for free."""
+    # A loaded model's own configuration may name an attention that only a loaded model can be switched to.
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
     with torch.device("meta"):
         model = _auto_class(config).from_config(config)
     return clip_llm.with_image_projector(model) if getattr(config, "is_composed", False) else model

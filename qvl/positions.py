@@ -16,10 +16,8 @@ Positions = Callable[[Sequence[int], torch.Tensor | None], torch.Tensor]
 
 def positions_of(config: PretrainedConfig) -> Positions:
     """How a model numbers the tokens of a sample: Qwen-VL in three dimensions (time, height, width), others in one."""
-    # A model's own configuration may name an attention that only exists once it is loaded.
-    config = copy.deepcopy(config)
-    config._attn_implementation = "sdpa"
     # Layers do not matter for it, and to make dozens of them takes longer than some batches.
+    config = copy.deepcopy(config)
     config.get_text_config(decoder=True).num_hidden_layers = 1
     if hasattr(getattr(config, "vision_config", None), "depth"):
         config.vision_config.depth = 1

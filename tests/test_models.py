@@ -41,6 +41,7 @@ from qvl.models import (
 from qvl.padding_token import ensure_padding_token
 from qvl.recipe import run
 from qvl.settings import parse_settings
+from qvl.vision_attention import VARLEN_FLASH
 from recipes.flickr8k import RECIPE
 
 ALL = [*VISION, CHAT, LLAVA]
@@ -556,3 +557,11 @@ def test_an_adapter_that_touches_the_vision_tower_stops_the_run(tmp_path: Path) 
     model = add_adapter(fresh(LLAVA), settings_for(VISION[0], "--adapter", str(tmp_path)))
     with pytest.raises(UserError, match=r"outside the language model.*vision_tower"):
         require_adapter_in_language_model(report_parameters(model))
+
+
+def test_a_skeleton_is_made_of_a_configuration_whose_attention_only_a_loaded_model_has() -> None:
+    """On a GPU the tower's attention is switched after loading, and the check stage counts by the model's config."""
+    config = copy.deepcopy(base(VISION[1]).config)
+    config.vision_config._attn_implementation = VARLEN_FLASH
+    assert skeleton(config).num_parameters() == base(VISION[1]).num_parameters()
+    assert config.vision_config._attn_implementation == VARLEN_FLASH
