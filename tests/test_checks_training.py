@@ -16,6 +16,7 @@ from qvl.adapters import add_adapter
 from qvl.answer_distributions import answer_distributions
 from qvl.models import load_base
 from qvl.training_checks import (
+    MOST_MERGE_NATS_FP32,
     GradientWatch,
     StopWhenLearned,
     check_base_kept,
@@ -133,7 +134,16 @@ def test_an_adapter_saved_with_less_precision_fails(tmp_path: Path) -> None:
     assert not check_save_load(model, measure, tmp_path)[1].passed
 
 
-@pytest.mark.parametrize("flags", [(), ("--load_in_4bit",), ("--load_in_4bit", "--use_bnb_nested_quant")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--load_in_4bit",),
+        ("--load_in_4bit", "--use_bnb_nested_quant"),
+        ("--load_in_4bit", "--use_dora"),
+        ("--load_in_4bit", "--dtype", "bfloat16"),
+    ],
+)
 def test_merged_is_nearly_the_same(flags: tuple[str, ...]) -> None:
     check = check_merge(adapted(*flags), measure, is_4bit=bool(flags))
     assert check.passed, check
@@ -142,16 +152,16 @@ def test_merged_is_nearly_the_same(flags: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("flags", [(), ("--load_in_4bit",)])
 def test_a_merge_with_a_wrong_scale_fails(flags: tuple[str, ...]) -> None:
     model = adapted(*flags)
-    whole = model.merge_and_unload
-
-    def scaled(**kwargs: Any) -> Any:
-        for module in model.modules():
-            if isinstance(getattr(module, "scaling", None), dict):
-                module.scaling["default"] *= 4
-        return whole(**kwargs)
-
-    model.merge_and_unload = scaled
+    layer = model.get_base_model().model.language_model.layers[0].mlp.down_proj
+    right = layer.get_delta_weight
+    layer.get_delta_weight = lambda name: 4 * right(name)
     assert not check_merge(model, measure, is_4bit=bool(flags)).passed
+
+
+def test_what_a_merge_into_4_bits_loses_is_told_and_not_judged() -> None:
+    check = check_merge(adapted("--load_in_4bit"), measure, is_4bit=True)
+    again = float(check.detail.split("quantized again: ")[1].removesuffix(" nats"))
+    assert check.passed and again > 1000 * MOST_MERGE_NATS_FP32
 
 
 # --- learning by heart
