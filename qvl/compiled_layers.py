@@ -113,7 +113,9 @@ def _called(calls: _Calls) -> Iterator[None]:
     try:
         # Lengths are symbols, numbers such as a norm's epsilon are not: torch would hand each of them in as a tensor on
         # the CPU, and call the C++ compiler for what is computed of them there.
-        with torch._dynamo.config.patch(specialize_float=True, recompile_limit=_MOST_VARIANTS):
+        # A layer is compiled whole under DDP too: torch would cut it where a bucket of gradients is full, and keep what
+        # goes over the cut (tokens x 24,576 numbers a layer of 8B, under checkpointing too).
+        with torch._dynamo.config.patch(specialize_float=True, recompile_limit=_MOST_VARIANTS, optimize_ddp=False):
             yield
     finally:
         for module in calls:

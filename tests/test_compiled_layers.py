@@ -10,6 +10,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from curves import KEYS, training_curve
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import CHAT, base, conversation, message, picture, processing_class, settings_for
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 import qvl.training_form
@@ -122,6 +124,22 @@ def test_layers_that_keep_their_inputs_only_train_as_separate_samples_do() -> No
     assert sum(tensor.shape[-1] == width for tensor in kept) == num_layers
     assert sum(t.nbytes for t in {t.data_ptr(): t for t in kept}.values()) < sum(t.nbytes for t in eager) / 8
     assert all(module._compiled_call_impl is None for module in plain.modules())
+
+
+def test_layers_are_compiled_whole_where_several_processes_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would cut a layer where a bucket of gradients is full, and keep what goes over the cut for the backward."""
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
+    monkeypatch.setattr(DistributedDataParallel, "_active_ddp_module", SimpleNamespace(bucket_bytes_cap=25 * 2**20))
+    model = with_adapter(copy.deepcopy(base(CHAT)))
+    plain = model.get_base_model()
+    use_segment_attention(plain)
+    batch = batches(3)[0]
+    with compiled_layers(plain, keeps_inputs_only=True, backend=BACKEND):
+        loss_and_gradients(model, batch)
+        kept = kept_by_layers(model, batch)
+    length = batch["input_ids"].shape[1]
+    shapes = {tuple(tensor.shape) for tensor in kept}
+    assert shapes == {(1, length, plain.config.hidden_size), (1, length, plain.config.head_dim), (1, length)}
 
 
 def test_a_compiled_4bit_layer_keeps_no_weight_in_16_bits() -> None:
