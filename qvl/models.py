@@ -167,7 +167,7 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model without weights (meta device): its module names and parameter counts, for free."""
     # A loaded model's own configuration may name an attention that only a loaded model can be switched to.
     config = copy.deepcopy(config)
-    config._attn_implementation = "eager"
+    config._attn_implementation = None
     with torch.device("meta"):
         model = _auto_class(config).from_config(config)
     return clip_llm.with_image_projector(model) if getattr(config, "is_composed", False) else model
