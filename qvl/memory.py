@@ -68,7 +68,7 @@ class MemoryPlan:
 
     def training_gib(self) -> float:
         """The predicted peak of the training in GiB, to be compared with what PyTorch will have allocated."""
-        return sum(training_parts(self.needs).values()) / GIB
+        return _training_bytes(self.needs, min(self._num_prompts_at_a_time(), self.needs.num_eval_generations)) / GIB
 
     def evaluation_gib(self, has_adapter: bool) -> float:
         """The predicted peak of an evaluation in GiB, answers and held-out loss."""
@@ -102,12 +102,16 @@ class MemoryPlan:
                 f"  training: {_sum(training_parts(needs))}",
                 f"    {needs.batch_size} rows of up to {rows.train} tokens{visual}; {_MODES[needs.mode]}",
             ]
-        if set(_EVALUATIONS) & set(self.stages):
+        evaluates = bool(set(_EVALUATIONS) & set(self.stages))
+        while_training = "train" in self.stages and needs.evaluates_while_training
+        if evaluates or (while_training and needs.num_eval_generations):
             at_a_time = self._num_prompts_at_a_time()
-            lines += [
-                f"  answering, {at_a_time} prompts at a time: {_sum(answering_parts(needs, at_a_time))}",
-                f"  held-out loss, {needs.eval_batch_size} answers at a time: {_sum(held_out_parts(needs))}",
-            ]
+            lines.append(f"  answering, {at_a_time} prompts at a time: {_sum(answering_parts(needs, at_a_time))}")
+        if evaluates or while_training:
+            lines.append(f"  held-out loss, {needs.eval_batch_size} answers at a time: {_sum(held_out_parts(needs))}")
+        if while_training:
+            optimizer = needs.trained.optimizer_bytes(needs.optim)
+            lines.append(f"  while training, {_gib(optimizer)} of the optimizer come on top")
         return [*lines, *self._verdict()]
 
     def _verdict(self) -> Iterator[str]:
@@ -224,7 +228,7 @@ def _on_card(needs: Needs, stages: Sequence[str]) -> int:
     """
     peaks = [needs.weight_bytes]
     if "train" in stages:
-        peaks.append(sum(training_parts(needs).values()))
+        peaks.append(_training_bytes(needs, min(1, needs.num_eval_generations)))
     if set(_EVALUATIONS) & set(stages):
         has_adapter = "evaluate" in stages
         peaks += [
@@ -233,6 +237,22 @@ def _on_card(needs: Needs, stages: Sequence[str]) -> int:
         ]
     peak = max(peaks)
     return peak + max(_LEAST_HELD_BACK_BYTES, int(_SHARE_HELD_BACK * (peak - needs.weight_bytes)))
+
+
+def _training_bytes(needs: Needs, num_prompts: int) -> int:
+    """The peak of a training: of its steps, or of the evaluations between them, beside the optimizer's states.
+
+    Args:
+        needs: of the run.
+        num_prompts: answered at a time in those evaluations; 0 for none.
+    """
+    peaks = [sum(training_parts(needs).values())]
+    beside = needs.trained.optimizer_bytes(needs.optim)
+    if needs.evaluates_while_training:
+        peaks.append(sum(held_out_parts(needs).values()) + beside)
+        if num_prompts:
+            peaks.append(sum(answering_parts(needs, num_prompts).values()) + beside)
+    return max(peaks)
 
 
 def _sum(parts: Mapping[str, int]) -> str:

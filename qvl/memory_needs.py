@@ -70,6 +70,8 @@ class Needs:
         has_mask: whether attention gets a dense mask.
         has_cached_features: whether features are read in place of pixels.
         trains_tower: whether the vision tower is trained.
+        evaluates_while_training: whether there is a held-out loss between steps.
+        num_eval_generations: prompts that are answered then; 0 for none.
     """
 
     weights: Mapping[Packing, tuple[WeightPart, ...]]
@@ -92,6 +94,8 @@ class Needs:
     has_mask: bool
     has_cached_features: bool
     trains_tower: bool
+    evaluates_while_training: bool
+    num_eval_generations: int
 
     @property
     def weight_bytes(self) -> int:

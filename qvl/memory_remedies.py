@@ -9,6 +9,8 @@ _LARGEST_BATCH = 4096
 _LEAST_SAVED_BYTES = 2**26
 # Below this a picture shows little.
 _LEAST_IMAGE_TOKENS = 32
+# Packings that 4-bit can take the place of, and what has to go then.
+_SWITCHED_OFF_FOR_4_BIT = {"none": "", "8-bit": " --load_in_8bit false", "fp8": " without --base_precision fp8"}
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,9 @@ def largest_batch_size(needs: Needs, fits: Callable[[Needs], bool]) -> int:
 
 def _changes(needs: Needs) -> Iterator[tuple[str, Needs]]:
     rows = needs.rows
-    if needs.packing in ("none", "8-bit", "fp8"):
-        yield "--load_in_4bit --use_bnb_nested_quant", replace(needs, packing="nested 4-bit")
+    if needs.packing in _SWITCHED_OFF_FOR_4_BIT:
+        flags = f"--load_in_4bit --use_bnb_nested_quant{_SWITCHED_OFF_FOR_4_BIT[needs.packing]}"
+        yield flags, replace(needs, packing="nested 4-bit")
     if needs.mode == "kept":
         yield "--gradient_checkpointing", replace(needs, mode="checkpointed")
     if needs.mode == "compiled":

@@ -1,6 +1,7 @@
 """From a run's settings and rows to what decides its memory; reads a configuration, no weights."""
 
 import dataclasses
+import heapq
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.trainer_utils import IntervalStrategy
 
 from qvl.activations import Format, Mode, decoder_shape, tower_shape
 from qvl.adapters import lora_config
@@ -28,7 +30,7 @@ from qvl.trained_parts import trained_parts
 from qvl.training_form import trains_compiled, wants_compiled
 from qvl.training_rows import LENGTH_MULTIPLE_TOKENS, joined_lengths
 
-# Of each side, spread evenly: enough to meet a long one, few enough to take a second.
+# Of each side: few enough to take a second.
 _MOST_ROWS_LOOKED_AT = 2000
 _DEFAULT_MAX_LENGTH = 1024
 
@@ -46,6 +48,8 @@ def find_needs(settings: Settings, config: PretrainedConfig, rows: LongestRows, 
     Returns:
         None for a model whose layers the formulas do not know.
     """
+    if _quantization_method(config) not in (None, "bitsandbytes"):
+        return None
     empty = skeleton(config)
     lora = _lora_of(empty, settings)
     shape = decoder_shape(empty, lora)
@@ -77,13 +81,15 @@ def find_needs(settings: Settings, config: PretrainedConfig, rows: LongestRows, 
         has_mask=_has_mask(settings, config, for_gpu),
         has_cached_features=recipe.cache_vision_features,
         trains_tower=recipe.train_vision_tower,
+        evaluates_while_training=training.eval_strategy != IntervalStrategy.NO or training.eval_on_start,
+        num_eval_generations=recipe.eval_generations,
     )
 
 
 def longest_rows(
     settings: Settings, config: PretrainedConfig, data: LoadedData, processing_class: ProcessingClass, for_gpu: bool
 ) -> LongestRows:
-    """Looks at up to 2,000 rows of each side.
+    """Looks at up to 2,000 rows of each side, those with the most text and the largest images among them.
 
     Args:
         settings: of the run.
@@ -96,7 +102,10 @@ def longest_rows(
         UserError: rows that cannot be trained on.
     """
     recipe, training = settings.recipe, settings.training
-    trained, evaluated = _spread(data.train), _spread(data.evaluation)
+    # Packed rows are as long as is allowed, and full of what is usual.
+    usual = data.train.select(_spread_evenly(len(data.train), _MOST_ROWS_LOOKED_AT))
+    trained = usual if training.packing else _with_the_longest(data.train)
+    evaluated = _with_the_longest(data.evaluation)
     if recipe.vision_mode == "text":
         # Tags are not counted: what finds them is not loaded yet.
         trained, evaluated = images_as_words(trained, {}), images_as_words(evaluated, {})
@@ -130,15 +139,29 @@ def rows_as_long_as_allowed(settings: Settings) -> LongestRows:
 
 def packing_of(settings: Settings, config: PretrainedConfig) -> Packing:
     """How the language model's linear layers lie in memory while training: by a flag, or as the checkpoint comes."""
-    own: Any = getattr(config, "quantization_config", None) or {}
-    own = own if isinstance(own, dict) else own.to_dict()
-    options = settings.model
+    own, options = _own_quantization(config), settings.model
     if options.load_in_4bit or own.get("load_in_4bit"):
         nested = options.use_bnb_nested_quant if options.load_in_4bit else own.get("bnb_4bit_use_double_quant")
         return "nested 4-bit" if nested else "4-bit"
     if options.load_in_8bit or own.get("load_in_8bit"):
         return "8-bit"
     return "fp8" if settings.recipe.base_precision == "fp8" else "none"
+
+
+def _own_quantization(config: PretrainedConfig) -> dict[str, Any]:
+    """How a checkpoint says that it comes quantized; empty for one that does not."""
+    own: Any = getattr(config, "quantization_config", None) or {}
+    return dict(own if isinstance(own, dict) else own.to_dict())
+
+
+def _quantization_method(config: PretrainedConfig) -> str | None:
+    """Upstream's name of what has quantized a checkpoint, such as "awq"; None for one in 16 or 32 bits."""
+    own = _own_quantization(config)
+    if not own:
+        return None
+    # Files of bitsandbytes' first days name no method.
+    method = own.get("quant_method") or "bitsandbytes"
+    return str(getattr(method, "value", method))
 
 
 def _lora_of(empty: PreTrainedModel, settings: Settings) -> LoraConfig:
@@ -179,7 +202,12 @@ def _capped(row: RowLength, max_length: int | None) -> RowLength:
     """Rows that are longer are dropped, cut or stop the run."""
     if max_length is None or row.num_tokens <= max_length:
         return row
-    return dataclasses.replace(row, num_tokens=max_length, num_target_tokens=min(row.num_target_tokens, max_length))
+    return dataclasses.replace(
+        row,
+        num_tokens=max_length,
+        num_visual_tokens=min(row.num_visual_tokens, max_length),
+        num_target_tokens=min(row.num_target_tokens, max_length),
+    )
 
 
 def _packed(rows: Sequence[RowLength], max_length: int) -> RowLength:
@@ -193,9 +221,23 @@ def _packed(rows: Sequence[RowLength], max_length: int) -> RowLength:
     )
 
 
-def _spread(rows: Dataset) -> Dataset:
-    step = math.ceil(len(rows) / _MOST_ROWS_LOOKED_AT)
-    return rows.select(range(0, len(rows), step)) if step > 1 else rows
+def _spread_evenly(num_rows: int, most: int) -> range:
+    return range(0, num_rows, math.ceil(num_rows / most))
+
+
+def _with_the_longest(rows: Dataset) -> Dataset:
+    """All rows where they are few, else some spread evenly, those with the most text, and those with the most pixels.
+
+    Tokens are what counts, but to count them all takes as long as the training's own look at its rows.
+    """
+    if len(rows) <= _MOST_ROWS_LOOKED_AT:
+        return rows
+    texts = [len(text) for text in rows.with_format(None)["conversation"]]
+    pixels = [sum(width * height for width, height in sizes) for sizes in image_sizes(rows)]
+    chosen = set(_spread_evenly(len(rows), _MOST_ROWS_LOOKED_AT // 2))
+    for sizes in (texts, pixels):
+        chosen |= set(heapq.nlargest(_MOST_ROWS_LOOKED_AT // 4, range(len(rows)), sizes.__getitem__))
+    return rows.select(sorted(chosen))
 
 
 def _largest_image(rows: Dataset, processing_class: ProcessingClass) -> int:

@@ -143,7 +143,9 @@ def count_trained(empty: PreTrainedModel, lora: LoraConfig) -> TrainedCounts:
     ends = tuple(f".{name}" for name in lora.modules_to_save or ())
     whole = [name for name, _ in empty.named_modules() if f".{name}".endswith(ends)] if ends else []
     inside = tuple(f"{name}." for name in whole)
-    num_whole = sum(value.numel() for name, value in empty.named_parameters() if inside and name.startswith(inside))
+    # A head that is tied to the embeddings is copied all the same.
+    parameters = empty.named_parameters(remove_duplicate=False)
+    num_whole = sum(value.numel() for name, value in parameters if inside and name.startswith(inside))
     return TrainedCounts(num_lora + num_magnitudes, num_whole)
 
 

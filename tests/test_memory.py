@@ -22,7 +22,7 @@ from qvl.errors import UserError
 from qvl.fp8 import quantize_frozen_base
 from qvl.frozen_vision import ask_no_gradient_of_vision
 from qvl.memory import GIB, Card, MemoryPlan, memory_for_run, plan_memory
-from qvl.memory_needs import LongestRows, Needs, answering_parts, training_parts
+from qvl.memory_needs import LongestRows, Needs, answering_parts, held_out_parts, training_parts
 from qvl.memory_settings import find_needs, longest_rows
 from qvl.memory_weights import TrainedCounts, count_trained, weight_parts
 from qvl.models import load_config, skeleton
@@ -144,6 +144,15 @@ def test_what_is_trained_is_counted_as_peft_does() -> None:
     assert counts.num_whole > 0
 
 
+def test_a_tied_head_that_is_trained_whole_is_a_copy() -> None:
+    settings = settings_for(VISION[0], "--lora_modules_to_save", "lm_head")
+    model = add_adapter(copy.deepcopy(base(VISION[0])), settings)
+    assert base(VISION[0]).config.tie_word_embeddings
+    counts = count_trained(skeleton(base(VISION[0]).config), model.peft_config["default"])
+    assert counts.num_trained == model.get_nb_trainable_parameters()[0]
+    assert counts.num_whole == model.get_output_embeddings().weight.numel()
+
+
 def test_the_optimizer_holds_what_it_is_said_to_hold() -> None:
     weights = [nn.Parameter(torch.ones(64, 8)) for _ in range(3)]
     counts = TrainedCounts(sum(weight.numel() for weight in weights), 0)
@@ -192,6 +201,77 @@ def test_each_remedy_saves_what_it_says_when_it_is_followed() -> None:
     assert [remedy.saved_bytes for remedy in found.values()] == sorted(
         (r.saved_bytes for r in found.values()), reverse=True
     )
+
+
+@pytest.mark.parametrize("flags", ["--load_in_8bit", "--base_precision fp8"])
+def test_four_bits_take_the_place_of_eight(flags: str) -> None:
+    plan = plan_of("Qwen3-VL-8B", 8, *flags.split())
+    (remedy,) = [remedy.flags for remedy in plan.remedies() if "--load_in_4bit" in remedy.flags]
+    added, _, left_out = remedy.partition(" without ")
+    kept = [] if left_out == flags else flags.split()
+    followed = settings_of_recipe(*kept, *added.split())
+    assert (followed.model.load_in_8bit, followed.recipe.base_precision) == (False, None)
+
+
+@pytest.mark.parametrize(("method", "is_known"), [("awq", False), ("gptq", False), ("fp8", False), (None, True)])
+def test_a_base_in_a_format_that_no_formula_knows_has_no_plan(method: str | None, is_known: bool) -> None:
+    """Counted as 16 bits, a run that fits would be stopped."""
+    config = shape("Qwen3-4B")
+    if method is not None:
+        config.quantization_config = {"quant_method": method, "bits": 4}
+    assert (find_needs(settings_of_recipe(), config, PHOTO, for_gpu=True) is not None) is is_known
+
+
+def test_evaluations_while_training_count() -> None:
+    """Small steps, and many long answers in a batch between them."""
+    rows = LongestRows(2048, 0, 2000, 1000, 0, 2048, 1000, 0, 64)
+    flags = ["--stages", "train", "--gradient_checkpointing", "--per_device_eval_batch_size", "64"]
+    asked = {
+        "none": flags,
+        "loss": [*flags, "--eval_strategy", "epoch"],
+        "answers": [
+            *flags,
+            "--eval_strategy",
+            "epoch",
+            "--per_device_eval_batch_size",
+            "1",
+            "--eval_generations",
+            "64",
+        ],
+    }
+    card = Card("a card", 80 * GIB)
+    plans = {key: MemoryPlan(needs_of("Qwen3-4B", rows, *argv), ("train",), card, True) for key, argv in asked.items()}
+    steps = sum(training_parts(plans["none"].needs).values())
+    assert plans["none"].training_gib() == steps / GIB
+    needs = plans["loss"].needs
+    held_out = sum(held_out_parts(needs).values()) + needs.trained.optimizer_bytes(needs.optim)
+    assert plans["loss"].training_gib() == held_out / GIB > steps / GIB
+    assert plans["loss"].needed_bytes() > held_out
+    assert plans["answers"].training_gib() > plans["none"].training_gib()
+    shown = {key: "\n".join(plan.lines()) for key, plan in plans.items()}
+    assert ["held-out loss" in shown[key] for key in asked] == [False, True, True]
+    assert ["answering" in shown[key] for key in asked] == [False, False, True]
+    tight = MemoryPlan(needs, ("train",), Card("a card", held_out - GIB), True)
+    assert "--per_device_eval_batch_size 32" in "\n".join(tight.lines())
+
+
+def test_one_long_row_among_thousands_is_found(tmp_path: Path) -> None:
+    row = {"images": [], "instruction": "Say", "response": "dog", "split": "train"}
+    rows = [*([row] * 1235), {**row, "response": "dog " * 400}, *([row] * 2765), {**row, "split": "test"}]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    settings = settings_for(CHAT, "--dataset_name", str(tmp_path), "--max_length", "2048")
+    found = longest_rows(
+        settings, load_config(settings), load_data(settings, None), processing_class(CHAT), for_gpu=False
+    )
+    assert found.train > 400
+
+
+def test_a_row_that_is_cut_or_dropped_brings_no_more_visual_tokens_than_are_allowed() -> None:
+    flags = ["--dataset_name", "qvl/scenes", "--num_train_examples", "8", "--num_eval_examples", "2"]
+    settings = settings_for(VISION[0], *flags, "--max_length", "10", "--overlong", "drop")
+    data = load_data(settings, None)
+    found = longest_rows(settings, load_config(settings), data, processing_class(VISION[0]), for_gpu=False)
+    assert found.train_visual <= 10
 
 
 def test_a_text_only_run_is_offered_shorter_rows() -> None:
