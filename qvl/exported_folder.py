@@ -30,8 +30,8 @@ from qvl.training_checks import MOST_MERGE_NATS_16_BIT
 _GREEDY = {"max_new_tokens": NUM_TOKENS}
 _IN_FULL = {"load_in_4bit": False, "load_in_8bit": False}
 _SPARE_BYTES = 256 * 2**20
-# Left by a training or by PEFT; the exported folder has its own card.
-_NOT_COPIED = ("README.md", "training_args.bin")
+# All that an adapter is. Beside it may lie what a training or a download has left: optimizer states, caches, a card.
+_COPIED = ("adapter_config.json", "adapter_model.safetensors", TRAINED_WITH)
 
 
 def require_exportable(adapter: Path, out: Path) -> None:
@@ -61,9 +61,13 @@ def export_adapter(adapter: Path, out: Path, merge: bool, prompts_file: Path | N
     metrics, settings = _left_by_run(adapter)
     data = _data_of_run(adapter, settings) if prompts_file is None else None
     prompts = _first_prompts(data) if data else read_prompts(Path(str(prompts_file)), NUM_PROMPTS)
-    out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}-in-writing")
     shutil.rmtree(beside, ignore_errors=True)
+    try:
+        # Before minutes of work that would have no place.
+        beside.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made ({error.strerror}): name another folder with --out.") from error
     try:
         verdicts, notes, sees_images = (_write_merged if merge else _write_adapter)(adapter, beside, prompts)
         print("\n".join([*notes, *table(verdicts)]), flush=True)
@@ -72,9 +76,9 @@ def export_adapter(adapter: Path, out: Path, merge: bool, prompts_file: Path | N
         summary = data.summary if data else None
         card = model_card(Exported(adapter, merge, sees_images, verdicts, notes, metrics, settings, summary))
         write_text_atomically(beside / "README.md", card)
-        for file in beside.iterdir():
+        for path in beside.rglob("*"):
             # Weights are written for their owner only; what is exported is for others.
-            file.chmod(0o644)
+            path.chmod(0o755 if path.is_dir() else 0o644)
         beside.rename(out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -107,7 +111,9 @@ def _write_adapter(adapter: Path, folder: Path, prompts: list[dict[str, Any]]) -
     said, sees_images = _ask(first, prompts), first.sees_images
     notes = _notes(first, read_trained_with(adapter) or {}, is_merged=False)
     # The base may be part of qvl or a folder of this machine, and the processor need not have been saved beside it.
-    shutil.copytree(adapter, folder, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+    for name in _COPIED:
+        if (adapter / name).is_file():
+            shutil.copyfile(adapter / name, folder / name)
     first.processing_class.save_pretrained(folder)
     del first
     give_back_unused()
@@ -133,7 +139,6 @@ def _save_merged(whole: TrainedModel, folder: Path, trained: Mapping[str, Any]) 
         # Only the whole's own is set when it is saved, and loading asks the parts too.
         getattr(merged.config, part).dtype = merged.dtype
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in merged.parameters())
-    folder.mkdir()
     free = shutil.disk_usage(folder).free
     if free < num_bytes + _SPARE_BYTES:
         raise UserError(

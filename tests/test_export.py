@@ -311,6 +311,35 @@ def test_mistakes_are_found_before_anything_is_loaded(
     assert not Path(f"{own}-merged").exists()
 
 
+def test_what_lies_beside_an_adapter_is_not_given_to_others(place: Path, tmp_path: Path) -> None:
+    """A checkpoint has the optimizer's states, a downloaded folder the download's cache."""
+    adapter = make_adapter(CHAT, tmp_path / "adapter")
+    for name in ("optimizer.pt", "rng_state.pth", "trainer_state.json", ".cache/huggingface/lock", "README.md"):
+        (adapter / name).parent.mkdir(parents=True, exist_ok=True)
+        (adapter / name).write_text("left there", encoding="utf-8")
+    export_adapter(adapter, tmp_path / "out", merge=False, prompts_file=place / "questions.txt")
+    held = {path.name for path in (tmp_path / "out").rglob("*")}
+    assert held == {
+        *("adapter_config.json", "adapter_model.safetensors", TRAINED_WITH, "parity.json", "README.md"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    }
+    assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") != "left there"
+
+
+def test_a_place_that_cannot_be_written_to_is_found_before_anything_is_loaded(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make_adapter(CHAT, tmp_path / "adapter")
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    words = ["--adapter", str(adapter), "--format", "merged", "--prompts", str(place / "questions.txt")]
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--out", str(tmp_path / "file" / "out")])
+    screen = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert "cannot be made" in screen.err
+    assert "Merging" not in screen.out
+
+
 def test_a_card_says_what_only_qvl_can_serve(place: Path, tmp_path: Path) -> None:
     adapter = make_adapter("qvl/tiny-qwen3-text", tmp_path / "adapter", *CLIP_FLAGS, "--num_image_tokens", "16")
     export_adapter(adapter, tmp_path / "out", merge=True, prompts_file=place / "pictures.jsonl")
