@@ -5,6 +5,7 @@ With ZeRO-2 each process has the whole base. With ZeRO-3 and FSDP2 it has a piec
 a whole base of its own in the other stages.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from enum import Enum
 from pathlib import Path
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from peft import PeftModel
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import is_deepspeed_available, unset_hf_deepspeed_config
 from transformers.trainer_utils import IntervalStrategy
@@ -113,6 +116,20 @@ def _refusals(settings: Settings, kind: Sharding) -> Iterator[tuple[bool, str]]:
         f"Evaluations while training need the whole model, of which {kind.value} leaves a piece to each process: use "
         "ddp.yaml or zero2.yaml, or leave out --eval_strategy; the stage evaluate works.",
     )
+
+
+def keep_sums_in_full(plugin: FullyShardedDataParallelPlugin | None) -> None:
+    """Has FSDP2 add gradients up in fp32, and give the loss as it was computed.
+
+    accelerate asks for 16 bits wherever a run computes in them: a bf16 loss has three digits, and gradients lose theirs
+    in every micro-batch.
+
+    Args:
+        plugin: accelerate's, before it has prepared a model; None where nothing is shared out by FSDP2.
+    """
+    policy = plugin.mixed_precision_policy if plugin is not None else None
+    if plugin is not None and isinstance(policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from qvl.held_out import means, token_sums
 from qvl.memory_use import peak_gib, reset_peak
 from qvl.processes import gathered, num_processes
 from qvl.segment_attention import block_mask
-from qvl.sharding import Sharding, sharding
+from qvl.sharding import Sharding, keep_sums_in_full, sharding
 from qvl.shared_prefix import SharedPrefixCollator
 from qvl.trained_parts import TrainedPart, optimizer_groups, round_to_base, rounded_to_base
 from qvl.trainer_callbacks import DivergenceWatchdog, Log, LogCallback, SaveOnTermination
@@ -232,6 +232,7 @@ def build_trainer(
         eval_dataset=eval_dataset,
         processing_class=processing_class,
     )
+    keep_sums_in_full(getattr(trainer.accelerator.state, "fsdp_plugin", None))
     ask_no_gradient_of_vision(model)
     for name, parameter in model.named_parameters():
         if name in values:

@@ -5,21 +5,25 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from accelerate import FullyShardedDataParallelPlugin
 from mlflow import MlflowClient
 from PIL import Image
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from qvl import processes
 from qvl.errors import UserError
 from qvl.files import read_jsonl
 from qvl.recipe import Recipe, run
 from qvl.settings import Settings, parse_settings
-from qvl.sharding import Sharding, require_shardable, sharding
+from qvl.sharding import Sharding, keep_sums_in_full, require_shardable, sharding, whole
 from recipes import qwen_chat
 from recipes.flickr8k import RECIPE
 
@@ -342,6 +346,44 @@ def test_qlora_goes_with_zero2_and_fsdp2(monkeypatch: pytest.MonkeyPatch) -> Non
         with monkeypatch.context() as patch:
             as_launched(file, patch)
             require_shardable(made)
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_fsdp2_gives_the_loss_and_the_gradients_in_full(group_of_one: None) -> None:
+    """As it computes in bf16; accelerate's own policy would round both."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    keep_sums_in_full(plugin)
+    keep_sums_in_full(None)
+
+    class Model(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).float().square().mean()
+
+    torch.manual_seed(0)
+    model, x = Model(8, 8), torch.randn(16, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+        fully_shard(model, mp_policy=plugin.mixed_precision_policy)
+        loss = model(x)
+    assert loss.dtype == torch.float32
+    assert loss == expected
+    # Two micro-batches, whose gradients are bf16 each: their sum has more digits.
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            (model(x) / 3).backward()
+            x = x * 1.37
+    assert model.weight.grad is not None
+    gradient = whole(model.weight.grad)
+    assert gradient.dtype == torch.float32
+    assert not torch.equal(gradient, gradient.bfloat16().float())
 
 
 def test_deepspeed_that_is_missing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
