@@ -11,6 +11,7 @@ from typing import Any
 
 from qvl.errors import UserError
 from qvl.files import read_jsonl, write_json_atomically
+from qvl.processes import num_processes
 
 OUTPUTS = Path("outputs")
 SAMPLES_FILE = "training_samples.jsonl"
@@ -122,12 +123,12 @@ def find_checkpoint(folder: Path, wanted: str) -> Path:
         wanted: "true" for its newest complete checkpoint, or a checkpoint's path.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or another number of processes has saved it.
     """
     if wanted.lower() != "true":
         if not (Path(wanted) / "trainer_state.json").is_file():
             raise UserError(f"--resume_from_checkpoint {wanted} is no complete checkpoint (no trainer_state.json).")
-        return Path(wanted)
+        return _of_as_many_processes(Path(wanted))
     found = {
         int(match[1]): path
         for path in (folder / "checkpoints").glob("checkpoint-*")
@@ -138,7 +139,21 @@ def find_checkpoint(folder: Path, wanted: str) -> Path:
             f"{folder} holds no checkpoint to resume from: name the run with --output_dir, or start afresh without "
             "--resume_from_checkpoint. (They are removed once training is done, unless --keep_checkpoints.)"
         )
-    return found[max(found)]
+    return _of_as_many_processes(found[max(found)])
+
+
+def _of_as_many_processes(checkpoint: Path) -> Path:
+    """The checkpoint, if as many processes have saved it as there are now: upstream goes on with others all the same.
+
+    It counts in batches what was trained on, and theirs were of another size; each process has its own random numbers.
+    """
+    num_saved = len(list(checkpoint.glob("rng_state_*.pth"))) or int((checkpoint / "rng_state.pth").is_file())
+    if num_saved not in (0, num_processes()):
+        raise UserError(
+            f"{checkpoint} was saved by {num_saved} process(es), and this run has {num_processes()}: other rows would "
+            f"be skipped than those that were trained on. Resume it with {num_saved}."
+        )
+    return checkpoint
 
 
 def update_metrics(folder: Path, part: str, values: Mapping[str, Any]) -> dict[str, Any]:

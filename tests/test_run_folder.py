@@ -144,6 +144,21 @@ def test_a_named_checkpoint_has_to_be_complete(tmp_path: Path) -> None:
         find_checkpoint(tmp_path, "no/such")
 
 
+@pytest.mark.parametrize(("files", "num_saved"), [(("rng_state.pth",), 1), (("rng_state_0.pth", "rng_state_1.pth"), 2)])
+def test_a_checkpoint_is_resumed_by_as_many_processes_as_saved_it(
+    files: tuple[str, ...], num_saved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = checkpoint(tmp_path, 2)
+    for name in files:
+        (found / name).touch()
+    for wanted in ("true", str(found)):
+        monkeypatch.setenv("WORLD_SIZE", str(num_saved))
+        assert find_checkpoint(tmp_path, wanted) == found
+        monkeypatch.setenv("WORLD_SIZE", str(3 - num_saved))
+        with pytest.raises(UserError, match=rf"saved by {num_saved} process.*Resume it with {num_saved}\."):
+            find_checkpoint(tmp_path, wanted)
+
+
 def test_no_checkpoint(tmp_path: Path) -> None:
     checkpoint(tmp_path, 2, complete=False)
     with pytest.raises(UserError, match="no checkpoint to resume from"):
