@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from qvl.active_run import load_data
-from qvl.adapters import lora_config
+from qvl.adapters import lora_config, require_adapter
 from qvl.data import LoadedData, separate_completions
 from qvl.encode import ProcessingClass
 from qvl.errors import HubError
@@ -26,8 +26,10 @@ def dry_run(settings: Settings, row_to_example: RowToExample | None, folder: Pat
         folder: gets settings.yaml, to edit and feed back.
 
     Raises:
-        UserError: bad rows, or flags that do not fit the model.
+        UserError: bad rows, flags that do not fit the model, or no adapter where `--adapter` names one.
     """
+    if settings.recipe.adapter is not None:
+        require_adapter(Path(settings.recipe.adapter))
     folder.mkdir(parents=True, exist_ok=True)
     print("\n" + settings.to_yaml().partition("\n\n")[0])
     processing_class = data = None

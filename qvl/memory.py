@@ -106,6 +106,7 @@ class MemoryPlan:
         while_training = "train" in self.stages and needs.evaluates_while_training
         if evaluates or (while_training and needs.num_eval_generations):
             at_a_time = self._num_prompts_at_a_time()
+            at_a_time = at_a_time if evaluates else min(at_a_time, needs.num_eval_generations)
             lines.append(f"  answering, {at_a_time} prompts at a time: {_sum(answering_parts(needs, at_a_time))}")
         if evaluates or while_training:
             lines.append(f"  held-out loss, {needs.eval_batch_size} answers at a time: {_sum(held_out_parts(needs))}")

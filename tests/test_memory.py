@@ -251,6 +251,10 @@ def test_evaluations_while_training_count() -> None:
     shown = {key: "\n".join(plan.lines()) for key, plan in plans.items()}
     assert ["held-out loss" in shown[key] for key in asked] == [False, True, True]
     assert ["answering" in shown[key] for key in asked] == [False, False, True]
+    few = [*asked["answers"], "--eval_generations", "3"]
+    assert "answering, 3 prompts at a time" in "\n".join(
+        MemoryPlan(needs_of("Qwen3-4B", rows, *few), ("train",), card, True).lines()
+    )
     tight = MemoryPlan(needs, ("train",), Card("a card", held_out - GIB), True)
     assert "--per_device_eval_batch_size 32" in "\n".join(tight.lines())
 
@@ -320,6 +324,14 @@ def test_a_dry_run_without_data_plans_with_the_longest_rows_allowed() -> None:
     plan = plan_memory(settings, load_config(settings), None, processing_class(CHAT))
     assert plan is not None
     assert plan.needs.rows.train == 700
+
+
+def test_a_dry_run_misses_an_adapter_that_is_not_there(tmp_path: Path) -> None:
+    """The plan counts what the adapter trains, and would count a fresh one."""
+    flags = {"smoke": True, "dry_run": True, "adapter": str(tmp_path / "none"), "output_dir": str(tmp_path / "run")}
+    with pytest.raises(UserError, match="none holds no adapter"):
+        run(RECIPE, flags)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_frozen_tower_takes_no_part_in_the_backward_pass(tmp_path: Path) -> None:
