@@ -6,12 +6,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.bnb import Linear4bit
-from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -20,6 +18,9 @@ from qvl.adapters import load_adapter
 from qvl.answer_distributions import divergences, largest_difference
 from qvl.checks import Check, at_most
 from qvl.trained_parts import take_off
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.bnb import Linear4bit
 
 # Merging rounds the sum to the weights' format: 1e-8 nats measured in fp32.
 MOST_MERGE_NATS_FP32 = 1e-6
@@ -168,6 +169,9 @@ def _merged_when_used(model: PeftModel) -> Iterator[None]:
 
     All of them at a time would take four times the quantized model's memory.
     """
+    # Imported here: training needs no bitsandbytes where nothing is quantized.
+    from peft.tuners.lora.bnb import Linear4bit
+
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     for layer in layers:
         layer.forward = functools.partial(_forward_merged, layer)
@@ -178,7 +182,9 @@ def _merged_when_used(model: PeftModel) -> Iterator[None]:
             del layer.forward
 
 
-def _forward_merged(layer: Linear4bit, states: torch.Tensor) -> torch.Tensor:
+def _forward_merged(layer: "Linear4bit", states: torch.Tensor) -> torch.Tensor:
+    from peft.utils.integrations import dequantize_bnb_weight
+
     base = layer.get_base_layer()
     weight = dequantized = dequantize_bnb_weight(base.weight, state=base.weight.quant_state)
     for name in layer.active_adapters:

@@ -92,6 +92,11 @@ def test_importing_qvl_is_fast(project: Path) -> None:
     assert min(seconds_to_run("import qvl") - seconds_to_run("pass") for _ in range(3)) < IMPORT_LIMIT_SECONDS
 
 
+def test_training_does_without_bitsandbytes(project: Path) -> None:
+    code = "import sys; sys.modules['bitsandbytes'] = None; import qvl.train_stage"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=project)
+
+
 @pytest.mark.parametrize(("folder", "files"), [("recipes", "*.py"), ("ray_jobs", "*_lora.py")])
 def test_importing_a_recipe_or_a_sweep_starts_nothing(project: Path, folder: str, files: str) -> None:
     code = (
