@@ -18,6 +18,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 from trl import SFTConfig
 
 from qvl import (
+    adapter_checks,
     adapters,
     behaviour_checks,
     checks,
@@ -151,7 +152,7 @@ class _CheckStage:
             options = run.settings.model
             if run.settings.recipe.adapter is None:
                 targets, rank = options.lora_target_modules, options.lora_r
-                self._note(model_checks.check_lora_placement(model, targets, rank, parts))
+                self._note(adapter_checks.check_lora_placement(model, targets, rank, parts))
             self._note([checks.check_placement(adapters.report_parameters(model, parts))])
             self._note(checks.check_parts_trained(model, parts))
             with plain_layers(self.base):

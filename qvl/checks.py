@@ -49,6 +49,17 @@ def at_most(name: str, value: float, bound: float, unit: str = "", detail: str =
     return Check(name, value, f"<= {bound:g}{unit}", value <= bound, detail)
 
 
+def none_of(name: str, offenders: Sequence[str], num_looked_at: int) -> Check:
+    """A check that none of what was looked at offends, and that there was something to look at."""
+    return Check(
+        name,
+        len(offenders),
+        f"0 of {num_looked_at}",
+        not offenders and num_looked_at > 0,
+        ", ".join(offenders[:3]),
+    )
+
+
 def tensor_hash(tensor: torch.Tensor) -> int:
     """A 64-bit hash of a tensor's bytes, computed where the tensor lives.
 

@@ -1,22 +1,18 @@
-"""Is the model put together as asked for: what is quantized, where adapters sit, and images in their places."""
+"""Is the model put together as asked for: what is quantized, and images in their places."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from PIL import Image
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from qvl.adapters import DEFAULT_TARGETS
-from qvl.checks import Check, at_most
+from qvl.checks import Check, at_most, none_of
 from qvl.conversations import assistant_message
 from qvl.memory_weights import packed_4bit_bytes
 from qvl.models import language_model_path, skeleton
-from qvl.trained_parts import TrainedPart, is_trained_whole
 
 # Bytes that the computation leaves out: small buffers such as rotary frequencies.
 MOST_FOOTPRINT_ERROR = 0.01
@@ -50,8 +46,8 @@ def check_quantization(model: PreTrainedModel, bits: int) -> list[Check]:
     outside = {name: layer for name, layer in linears.items() if name not in inside}
     kind = f"{bits}bit" if bits else "not_quantized"
     return [
-        _none_of(f"language_model_linears_{kind}", [n for n, x in inside.items() if _bits_of(x) != bits], len(inside)),
-        _none_of("vision_and_head_not_quantized", [n for n, x in outside.items() if _bits_of(x)], len(outside)),
+        none_of(f"language_model_linears_{kind}", [n for n, x in inside.items() if _bits_of(x) != bits], len(inside)),
+        none_of("vision_and_head_not_quantized", [n for n, x in outside.items() if _bits_of(x)], len(outside)),
     ]
 
 
@@ -60,16 +56,6 @@ def _bits_of(layer: nn.Linear) -> int:
     if isinstance(layer, bnb.nn.Linear4bit):
         return 4 if getattr(layer.weight, "quant_state", None) is not None else 0
     return 8 if isinstance(layer, bnb.nn.Linear8bitLt) else 0
-
-
-def _none_of(name: str, offenders: Sequence[str], num_looked_at: int) -> Check:
-    return Check(
-        name,
-        len(offenders),
-        f"0 of {num_looked_at}",
-        not offenders and num_looked_at > 0,
-        ", ".join(offenders[:3]),
-    )
 
 
 def check_footprint(model: PreTrainedModel, dtype: torch.dtype, nested: bool) -> Check:
@@ -130,66 +116,6 @@ def computed_bytes_4bit(config: PretrainedConfig, dtype: torch.dtype, nested: bo
             continue
         total += packed_4bit_bytes(size, nested)
     return total
-
-
-def check_lora_placement(
-    model: PeftModel, targets: str | list[str] | None, rank: int, parts: Sequence[TrainedPart] = ()
-) -> list[Check]:
-    """LoRA sits on every layer that was asked for and on no other, and trains as much as that comes to.
-
-    Args:
-        model: a fresh adapter on its base.
-        targets: `--lora_target_modules`.
-        rank: `--lora_r`.
-        parts: that are trained whole beside it.
-    """
-    base = model.get_base_model()
-    path = language_model_path(base) + "."
-    leaves = DEFAULT_TARGETS if targets is None else [targets] if isinstance(targets, str) else targets
-    adapted = {name for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
-    linears: dict[str, Any] = {
-        name: layer
-        for name, layer in base.named_modules()
-        if isinstance(layer, nn.Linear | LoraLayer) and ".lora_" not in name and not name.endswith(".base_layer")
-    }
-    asked = {
-        name
-        for name in linears
-        if name.startswith(path) and (leaves == ["all-linear"] or name.rpartition(".")[2] in leaves)
-    }
-    wrong = sorted(asked ^ adapted)
-    num_computed = sum(rank * (linears[name].in_features + linears[name].out_features) for name in asked)
-    num_found = sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and (".lora_A." in name or ".lora_B." in name)
-    )
-    _, num_total = model.get_nb_trainable_parameters()
-    return [
-        Check(
-            "lora_where_asked", len(wrong), f"0 of {len(asked)} differ", not wrong and bool(asked), ", ".join(wrong[:3])
-        ),
-        Check(
-            "trainable_share_as_computed",
-            num_found / num_total,
-            f"= {num_computed / num_total:.6g}",
-            num_found == num_computed,
-            f"{num_found:,} of {num_total:,} parameters, rank {rank}",
-        ),
-        check_no_adapter_on_frozen_parts(model, parts),
-    ]
-
-
-def check_no_adapter_on_frozen_parts(model: PeftModel, parts: Sequence[TrainedPart] = ()) -> Check:
-    """No LoRA weight, trained or not, outside the language model; no copy of a module there but of `parts`."""
-    path = f"base_model.model.{language_model_path(model.get_base_model())}."
-    outside = [
-        name
-        for name, _ in model.named_parameters()
-        if not name.startswith(path)
-        and (".lora_" in name or (".modules_to_save." in name and not is_trained_whole(name, parts)))
-    ]
-    return _none_of("no_adapter_on_frozen_parts", outside, sum(1 for _ in model.parameters()))
 
 
 def check_image_places(model: PreTrainedModel, collate: Collate, image_token_id: int) -> Check:

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from trl import SFTConfig
 
 from qvl import adapters, checks, run_folder
 from qvl.active_run import Run
+from qvl.adapter_checks import check_lora_placement
 from qvl.adapter_origin import TRAINED_WITH, origin
 from qvl.answer_distributions import answer_distributions
+from qvl.checks import Check
 from qvl.clip_llm import composition_record, is_composed
 from qvl.collators import CompletionCollator
 from qvl.data import separate_completions
@@ -33,7 +35,7 @@ from qvl.processes import gathered, is_main, num_processes, on_main
 from qvl.sharding import Sharding, load_whole_models, sharding, trained_weights
 from qvl.shared_prefix import SharedPrefixCollator, marked_parts
 from qvl.survey import fit_rows, training_lengths
-from qvl.trained_parts import names_of_trained_parts, round_to_base, take_off, trained_parts
+from qvl.trained_parts import TrainedPart, names_of_trained_parts, round_to_base, take_off, trained_parts
 from qvl.trainer import build_trainer, train
 from qvl.training_checks import GradientWatch, check_base_kept
 from qvl.training_form import checkpointing_arguments, lower_base_precision, recomputable_dropout, training_form
@@ -72,6 +74,8 @@ def _train_adapter(run: Run, resume_from: Path | None) -> None:
         report = adapters.report_parameters(model, parts)
         print("\n".join(report.lines()), flush=True)
         adapters.require_adapter_in_language_model(report)
+        placement = _check_lora_placement(run, model, parts)
+        checks.require_passed(placement)
         phases = phase_switches(run.settings, model, parts)
         if run.settings.recipe.cache_vision_features:
             require_frozen_vision(model)
@@ -102,7 +106,9 @@ def _train_adapter(run: Run, resume_from: Path | None) -> None:
     after = checks.hash_parameters(model)
     round_to_base(model)
     verdicts = [
-        checks.check_placement(report),
+        checks.check_placement(adapters.report_parameters(model, parts)),
+        # The end of a phase may leave LoRA frozen, which is then not missing.
+        *(placement if phases else _check_lora_placement(run, model, parts)),
         *checks.check_parts_trained(model, parts),
         checks.check_frozen(before, after, trainable),
         checks.check_adapter_moved(before, after, trainable),
@@ -135,6 +141,14 @@ def _require_images_for_parts(run: Run) -> None:
             f"reaches the {parts[0]}. Name rows with images, or train LoRA alone: --train_{parts[0]} false"
             + (" --phase instruct." if "align" in run.settings.recipe.phase else ".")
         )
+
+
+def _check_lora_placement(run: Run, model: PeftModel, parts: Sequence[TrainedPart]) -> list[Check]:
+    """LoRA on the layers that the flags name; no verdict on an `--adapter`, which has its own, or a model in pieces."""
+    options = run.settings.model
+    if run.settings.recipe.adapter is not None or sharding() is not Sharding.NOTHING:
+        return []
+    return check_lora_placement(model, options.lora_target_modules, options.lora_r, parts)
 
 
 def _distributions_of_first(run: Run, model: PreTrainedModel | PeftModel, rows: Dataset) -> list[torch.Tensor]:

@@ -11,14 +11,13 @@ from tiny import CPU, VISION, base, processing_class, settings_for
 from torch import nn
 from transformers import PreTrainedModel
 
+from qvl.adapter_checks import check_lora_placement, check_no_adapter_on_frozen_parts
 from qvl.adapters import add_adapter
 from qvl.checks import Check, failed
 from qvl.collators import CompletionCollator
 from qvl.model_checks import (
     check_footprint,
     check_image_places,
-    check_lora_placement,
-    check_no_adapter_on_frozen_parts,
     check_quantization,
     quantized_bits,
 )

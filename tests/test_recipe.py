@@ -98,7 +98,9 @@ def test_smoke_shows_a_true_gain_on_unseen_scenes(
     for file in FILES:
         assert (folder / file).is_file(), file
     assert not (folder / "checkpoints").exists()
-    assert all(check["passed"] for check in json.loads((folder / "checks.json").read_text()))
+    checked = {check["name"]: check["passed"] for check in json.loads((folder / "checks.json").read_text())}
+    assert all(checked.values())
+    assert {"lora_where_asked", "trainable_share_as_computed", "no_adapter_on_frozen_parts"} <= checked.keys()
     for promised in ("BLEU-4", str(folder), "report.html", "mlflow ui --backend-store-uri", "[["):
         assert promised in screen
     assert "Warning" not in screen

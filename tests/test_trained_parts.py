@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import CHAT, CPU, LLAVA, VISION, answered, base, message, picture, processing_class, settings_for
 
 from qvl.active_run import Run
+from qvl.adapter_checks import check_lora_placement
 from qvl.adapters import add_adapter, load_adapter, report_parameters, require_adapter_in_language_model
 from qvl.answer_distributions import answer_distributions
 from qvl.bench_cases import Case, open_run, prepare
@@ -21,7 +22,6 @@ from qvl.checks import check_frozen, check_parts_trained, failed, hash_parameter
 from qvl.collators import CompletionCollator
 from qvl.errors import UserError
 from qvl.files import read_jsonl
-from qvl.model_checks import check_lora_placement
 from qvl.models import load_base, skeleton
 from qvl.recipe import run
 from qvl.train_stage import trainer_arguments
