@@ -39,7 +39,7 @@ from qvl.data import prompt_messages
 from qvl.free_photos import caption_photos, photo_paths
 from qvl.generate import Decoding
 from qvl.held_out import held_out_losses
-from qvl.models import load_base, load_config, skeleton
+from qvl.models import comes_quantized, load_base, load_config, skeleton
 from qvl.train_stage import trainer_arguments
 from qvl.trained_parts import round_to_base, take_off, trained_parts
 from qvl.trainer import build_trainer, train
@@ -122,7 +122,7 @@ class _CheckStage:
         if self.bits == 4:
             # "auto" is the checkpoint's own.
             dtype = getattr(torch, str(self.run.settings.model.dtype), self.base.dtype)
-            self._note([model_checks.check_footprint(self.base, dtype, _is_nested(self.run, self.base))])
+            self._note([model_checks.check_footprint(self.base, dtype, _is_nested(self.base))])
         image_id = getattr(self.run.processing_class, "image_token_id", None)
         if image_id is not None:
             self._note([model_checks.check_image_places(self.base, self.collator, image_id)])
@@ -256,7 +256,7 @@ class _CheckStage:
         options = self.run.settings.model
         if not (self.bits and self.has_learned):
             return None
-        if not (options.load_in_4bit or options.load_in_8bit):
+        if comes_quantized(self.run.settings):
             print("Not compared with full weights: this checkpoint comes quantized.", flush=True)
             return None
         needed = _full_bytes(self.run)
@@ -294,10 +294,8 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _is_nested(run: Run, base: PreTrainedModel) -> bool:
-    """Whether scales are quantized too: as the run asks, or as a checkpoint comes."""
-    if run.settings.model.load_in_4bit:
-        return bool(run.settings.model.use_bnb_nested_quant)
+def _is_nested(base: PreTrainedModel) -> bool:
+    """Whether scales are quantized too: as the model is, for a checkpoint that comes quantized ignores the flags."""
     own = base.config.quantization_config
     return bool(own["bnb_4bit_use_double_quant"] if isinstance(own, dict) else own.bnb_4bit_use_double_quant)
 

@@ -58,6 +58,11 @@ def _load_named_config(settings: Settings) -> PretrainedConfig:
         )
 
 
+def comes_quantized(settings: Settings) -> bool:
+    """Whether the checkpoint itself is quantized; it then stays as it is, whatever the flags say."""
+    return getattr(_load_named_config(settings), "quantization_config", None) is not None
+
+
 def load_processing_class(settings: Settings, folder: Path | None = None) -> ProcessingClass:
     """The model's processor (tokenizer for text-only models) with the run's pixel budget and chat template.
 

@@ -10,12 +10,14 @@ from commands import recipe_command
 from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import CPU, processing_class, settings_for
 
 from qvl.check_stage import free_bytes
 from qvl.errors import UserError
 from qvl.flags import DEFAULT_STAGES, STAGES
 from qvl.free_photos import PHOTOS, photo_paths
 from qvl.model_names import ASSETS
+from qvl.models import load_base
 from qvl.recipe import main, run
 from qvl.settings import parse_settings
 from recipes import flickr8k, qwen2_5_vl, qwen_chat
@@ -156,3 +158,20 @@ def test_free_memory_is_a_sensible_number() -> None:
     import torch
 
     assert 2**20 < free_bytes(torch.device("cpu")) < 2**46
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_comes_in_4_bits_is_no_full_precision(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe's own flags ask for 4 bits with nested scales; the checkpoint has them, without."""
+    four_bit = load_base(settings_for("qvl/tiny-qwen2.5-vl", "--load_in_4bit"), CPU)
+    four_bit.save_pretrained(tmp_path / "model")
+    processing_class("qvl/tiny-qwen2.5-vl").save_pretrained(tmp_path / "model")
+    flags = {"smoke": True, "stages": ["check"], "model_name_or_path": str(tmp_path / "model")}
+    run(qwen2_5_vl.RECIPE, {**flags, "output_dir": str(tmp_path / "run")})
+    found = checks_of(tmp_path / "run")
+    assert all(check["passed"] for check in found.values())
+    assert {"merge_divergence_4bit_base", "memory_footprint_as_computed"} <= found.keys()
+    assert not {"merge_divergence_full_base", "4bit_divergence_from_full_weights"} & found.keys()
+    assert "this checkpoint comes quantized" in capsys.readouterr().out
