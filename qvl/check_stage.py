@@ -92,6 +92,8 @@ def all_checks(run: Run, has_learned: bool = True) -> tuple[list[Check], list[st
         return stage.verdicts, stage.captions
     finally:
         run.base = None
+        if run.kept is not None:
+            run.kept.free()
         gc.collect()
 
 

@@ -16,6 +16,7 @@ from qvl.check_stage import free_bytes
 from qvl.errors import UserError
 from qvl.flags import DEFAULT_STAGES, STAGES
 from qvl.free_photos import PHOTOS, photo_paths
+from qvl.kept_base import KeptBase
 from qvl.model_names import ASSETS
 from qvl.models import load_base
 from qvl.recipe import main, run
@@ -161,17 +162,21 @@ def test_free_memory_is_a_sensible_number() -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_comes_in_4_bits_is_no_full_precision(
+def test_a_checkpoint_that_comes_in_4_bits_is_no_full_precision_and_no_base_for_the_next_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The recipe's own flags ask for 4 bits with nested scales; the checkpoint has them, without."""
     four_bit = load_base(settings_for("qvl/tiny-qwen2.5-vl", "--load_in_4bit"), CPU)
     four_bit.save_pretrained(tmp_path / "model")
     processing_class("qvl/tiny-qwen2.5-vl").save_pretrained(tmp_path / "model")
+    kept = KeptBase()
     flags = {"smoke": True, "stages": ["check"], "model_name_or_path": str(tmp_path / "model")}
-    run(qwen2_5_vl.RECIPE, {**flags, "output_dir": str(tmp_path / "run")})
+    run(qwen2_5_vl.RECIPE, {**flags, "output_dir": str(tmp_path / "run")}, kept=kept)
     found = checks_of(tmp_path / "run")
     assert all(check["passed"] for check in found.values())
     assert {"merge_divergence_4bit_base", "memory_footprint_as_computed"} <= found.keys()
     assert not {"merge_divergence_full_base", "4bit_divergence_from_full_weights"} & found.keys()
     assert "this checkpoint comes quantized" in capsys.readouterr().out
+    settings = parse_settings(qwen2_5_vl.DEFAULTS, qwen2_5_vl.SMOKE, [], flags)
+    kept.load(settings, CPU)
+    assert kept.num_loaded == 2, "the first one holds a merged adapter now"
