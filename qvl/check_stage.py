@@ -43,7 +43,7 @@ from qvl.models import comes_quantized, load_base, load_config, skeleton
 from qvl.train_stage import trainer_arguments
 from qvl.trained_parts import round_to_base, take_off, trained_parts
 from qvl.trainer import build_trainer, train
-from qvl.training_form import training_form
+from qvl.training_form import recomputable_dropout, training_form
 
 _NUM_COMPARED = 8
 _MOST_OVERFIT_STEPS = 60
@@ -160,6 +160,7 @@ class _CheckStage:
             with plain_layers(self.base):
                 self._check_finite(model, rows)
                 loss_before = _mean_loss(model, rows, self.collator)
+            recomputable_dropout(run, model)
             with tempfile.TemporaryDirectory() as folder:
                 args = _overfit_arguments(run, Path(folder), len(rows))
                 trainer = build_trainer(model, run.processing_class, rows, None, args, self.collator, parts=parts)

@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import recipe_command
 from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import CPU, processing_class, settings_for
 
+from qvl import check_stage, training_form
 from qvl.check_stage import free_bytes
 from qvl.errors import UserError
 from qvl.flags import DEFAULT_STAGES, STAGES
@@ -20,6 +23,7 @@ from qvl.kept_base import KeptBase
 from qvl.model_names import ASSETS
 from qvl.models import load_base
 from qvl.recipe import main, run
+from qvl.seeded_dropout import SeededDropout
 from qvl.settings import parse_settings
 from recipes import flickr8k, qwen2_5_vl, qwen_chat
 
@@ -156,8 +160,6 @@ def test_the_photos_are_small_and_their_licences_named() -> None:
 
 
 def test_free_memory_is_a_sensible_number() -> None:
-    import torch
-
     assert 2**20 < free_bytes(torch.device("cpu")) < 2**46
 
 
@@ -180,3 +182,26 @@ def test_a_checkpoint_that_comes_in_4_bits_is_no_full_precision_and_no_base_for_
     settings = parse_settings(qwen2_5_vl.DEFAULTS, qwen2_5_vl.SMOKE, [], flags)
     kept.load(settings, CPU)
     assert kept.num_loaded == 2, "the first one holds a merged adapter now"
+
+
+@pytest.mark.slow
+def test_the_check_trains_with_the_dropout_that_compiled_layers_can_compute_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where a compiled layer would draw other numbers in its backward pass; nothing is compiled here."""
+    seen: list[type[torch.nn.Module]] = []
+
+    class FarEnoughError(Exception):
+        pass
+
+    def built(model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        seen.extend(type(module) for module in model.modules())
+        raise FarEnoughError
+
+    monkeypatch.setattr(training_form, "trains_compiled", lambda settings: True)
+    monkeypatch.setattr(training_form, "compiled_layers", lambda base, keeps_inputs_only: nullcontext())
+    monkeypatch.setattr(check_stage, "build_trainer", built)
+    flags = {"smoke": True, "stages": ["check"], "lora_dropout": 0.05, "output_dir": str(tmp_path / "run")}
+    with pytest.raises(FarEnoughError):
+        run(qwen_chat.RECIPE, flags)
+    assert SeededDropout in seen and torch.nn.Dropout not in seen
