@@ -57,10 +57,16 @@ class KeptBase:
         return model
 
     def clean(self) -> None:
-        """Takes off what a run has left on the base and gives its memory back; to be called after each run."""
+        """Takes off what a run has left on the base and gives its memory back; to be called after each run.
+
+        Raises:
+            RuntimeError: the GPU answers this process no more.
+        """
         if self._model is not None and self._as_loaded is not None:
             self._as_loaded.restore(self._model)
         give_back_unused()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     def free(self) -> None:
         """Lets the base go."""

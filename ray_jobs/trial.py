@@ -10,7 +10,6 @@ from typing import Any
 from ray import tune
 from ray.tune.result import DONE, SHOULD_CHECKPOINT
 
-from qvl.errors import StoreError
 from qvl.kept_base import KeptBase
 from ray_jobs.children import as_recorded, find_or_make_child, open_store, use_child, with_patience
 from ray_jobs.learning_rate import set_learning_rate
@@ -76,12 +75,13 @@ class RecipeTrial(tune.Trainable):
         """Trains up to the next report.
 
         Raises:
-            StoreError: MLflow does not answer; Ray takes the trial up again, `--max_failures` times.
+            RuntimeError: MLflow does not answer, or this process is of no more use; Ray takes the trial up again in
+                another one, `--max_failures` times.
         """
         report = self._already_finished() if not self._is_prepared else None
         report = report or self._run.next_report()
         if report.may_go_well_again:
-            raise StoreError(report.failure)
+            raise RuntimeError(report.failure)
         return {
             **report.numbers,
             "failure": report.failure,

@@ -33,7 +33,7 @@ class Report:
         has_checkpoint: the run folder holds a checkpoint of this very step.
         is_last: the run has ended.
         failure: why it failed, in one line; empty if it did not.
-        may_go_well_again: what failed lies outside of the trial.
+        may_go_well_again: what failed lies outside of the trial, or in this process, which is to take no further one.
     """
 
     numbers: dict[str, float] = field(default_factory=dict)
@@ -102,14 +102,21 @@ class TrialRun:
             raise Stopped
 
     def _work(self) -> None:
-        with (
-            open(self._log, "a", encoding="utf-8", buffering=1) as log,
-            contextlib.redirect_stdout(log),
-            contextlib.redirect_stderr(log),
-        ):
-            last = self._run_recipe()
-            # Not before the exception is gone, which holds the frames of the training and all of its tensors.
-            self._kept.clean()
+        failure = ""
+        try:
+            with (
+                open(self._log, "a", encoding="utf-8", buffering=1) as log,
+                contextlib.redirect_stdout(log),
+                contextlib.redirect_stderr(log),
+            ):
+                last = self._run_recipe()
+                failure = last.failure
+                # Not before the exception is gone, which holds the frames of the training and all of its tensors.
+                self._kept.clean()
+        except BaseException as error:
+            # No room for the log, or a GPU that answers this process no more, as after an illegal access to memory: the
+            # next trials would all fail here.
+            last = Report(is_last=True, failure=failure or _reason(error), may_go_well_again=True)
         self._reports.put(last)
 
     def _run_recipe(self) -> Report:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,29 @@ def test_a_changed_learning_rate_is_what_a_resumed_training_uses(tmp_path: Path)
     rates = [row["learning_rate"] for row in read_jsonl(folder / "training_log.jsonl") if "learning_rate" in row]
     assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4])
     assert json.loads((folder / "metrics.json").read_text())["train"]["num_steps"] == SHORT["max_steps"]
+
+
+class Unusable(KeptBase):
+    """As on a GPU that an illegal access has left without an answer to this process."""
+
+    def clean(self) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize(
+    ("kept", "log", "failure"),
+    [(Unusable(), "run.log", "Did you mean --learning_rate?"), (KeptBase(), "missing/run.log", "FileNotFoundError")],
+)
+def test_a_process_of_no_more_use_says_so_and_takes_no_further_trial(
+    kept: KeptBase, log: str, failure: str, tmp_path: Path
+) -> None:
+    """Nobody would wait for it for ever, or give it the next trials to fail."""
+    words = [*WORDS, "--learning_rat", "1e-3"]
+    run = TrialRun(RECIPE, words, {"output_dir": str(tmp_path / "run")}, kept, tmp_path / log)
+    reports: list[Report] = []
+    asking = threading.Thread(target=lambda: reports.append(run.next_report()), daemon=True)
+    asking.start()
+    asking.join(timeout=120)
+    (report,) = reports
+    assert report.is_last and report.may_go_well_again
+    assert failure in report.failure
