@@ -46,13 +46,14 @@ class KeptBase:
         Weights that training replaces (`--base_precision fp8`) are loaded anew each time.
         """
         key = _key_of(settings, device)
-        if self._model is not None and self._as_loaded is not None and key == self._key:
+        is_lasting = settings.recipe.base_precision is None
+        if is_lasting and self._model is not None and self._as_loaded is not None and key == self._key:
             self._as_loaded.restore(self._model)
             return self._model
         self.free()
         model = models.load_base(settings, device)
         self.num_loaded += 1
-        if settings.recipe.base_precision is None:
+        if is_lasting:
             self._model, self._as_loaded, self._key = model, _Structure(model), key
         return model
 

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import picture
+from tiny import picture, settings_for
 
 from qvl.files import read_jsonl
 from qvl.kept_base import KeptBase
@@ -204,3 +205,17 @@ def test_a_process_of_no_more_use_says_so_and_takes_no_further_trial(
     (report,) = reports
     assert report.is_last and report.may_go_well_again
     assert failure in report.failure
+
+
+def test_a_base_to_be_trained_in_fp8_is_none_that_is_kept() -> None:
+    """Its layers are replaced, and 16-bit ones that somebody keeps would stay in memory beside them."""
+    kept, device = KeptBase(), torch.device("cpu")
+    settings = settings_for("qvl/tiny-qwen3-vl")
+    first = weakref.ref(kept.load(settings, device))
+    assert kept.load(settings, device) is first()
+    settings.recipe.base_precision = "fp8"
+    second = kept.load(settings, device)
+    assert first() is None and second is not None
+    settings.recipe.base_precision = None
+    assert kept.load(settings, device) is not second
+    assert kept.num_loaded == 3
