@@ -24,6 +24,7 @@ _ACTIVATION_MEMORY_BUDGET = 0.5
 # Vision blocks and decoder layers run one piece of upstream's code, with and without gradients, of one row and of many:
 # at torch's limit of 8 variants a layer would silently run uncompiled, and keep what compiled ones compute again.
 _MOST_VARIANTS = 64
+_num_forgotten_frames = 0
 
 _Calls: TypeAlias = dict[nn.Module, Callable[..., Any] | None]
 # To wrap the two hundred modules of a model takes half a second, and a run generates several times.
@@ -39,6 +40,17 @@ def num_compiled_frames() -> int:
     """How many pieces of code, variants counted, torch.compile has compiled in this process so far."""
     utils = sys.modules.get("torch._dynamo.utils")
     return int(utils.counters["frames"]["total"]) if utils is not None else 0
+
+
+def make_room_for_variants() -> None:
+    """Forgets all compiled code where a next training of this process might come to torch's limit of variants.
+
+    Each rank and each dropout is a variant of its own: a sweep's process would train uncompiled after twenty of them.
+    """
+    global _num_forgotten_frames
+    if num_compiled_frames() - _num_forgotten_frames > _MOST_VARIANTS // 2:
+        torch._dynamo.reset()
+        _num_forgotten_frames = num_compiled_frames()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qvl import models
+from qvl.compiled_layers import make_room_for_variants
 from qvl.feature_store import Claim
 from qvl.memory_use import give_back_unused
 from qvl.settings import Settings
@@ -65,6 +66,7 @@ class KeptBase:
         """
         if self._model is not None and self._as_loaded is not None:
             self._as_loaded.restore(self._model)
+        make_room_for_variants()
         give_back_unused()
         if torch.cuda.is_available():
             torch.cuda.synchronize()

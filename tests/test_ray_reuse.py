@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny import picture, settings_for
 
+from qvl.compiled_layers import _MOST_VARIANTS
 from qvl.files import read_jsonl
 from qvl.kept_base import KeptBase
 from ray_jobs.learning_rate import set_learning_rate
@@ -219,3 +220,17 @@ def test_a_base_to_be_trained_in_fp8_is_none_that_is_kept() -> None:
     settings.recipe.base_precision = None
     assert kept.load(settings, device) is not second
     assert kept.num_loaded == 3
+
+
+def test_variants_of_compiled_code_do_not_come_to_torchs_limit() -> None:
+    """Each rank and each dropout is one; at the limit a training would go on uncompiled, without a word."""
+    torch._dynamo.reset()
+    kept, counters = KeptBase(), torch._dynamo.utils.counters["frames"]
+    compiled = torch.compile(lambda x, number: x + number, backend="eager", dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=_MOST_VARIANTS):
+        for number in range(2 * _MOST_VARIANTS):
+            before = counters["ok"]
+            compiled(torch.ones(2), number)
+            assert counters["ok"] == before + 1, f"variant {number} was not compiled"
+            if number % 30 == 29:
+                kept.clean()
