@@ -11,7 +11,7 @@ from ray.tune import Result, ResultGrid
 
 from ray_jobs.search import RUNG_METRIC, STEP
 
-FINISHED, FAILED, PRUNED, NOT_STARTED = "finished", "failed", "pruned", "not started"
+STATES = FINISHED, FAILED, PRUNED, NOT_STARTED = "finished", "failed", "pruned", "not started"
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Outcome:
         trial_id: Ray's name of it.
         axes: its flags by name.
         state: finished, failed, pruned (by the scheduler, or at the end of the time budget) or not started.
-        score: the sweep's metric; None unless finished.
+        score: the sweep's metric; None unless finished, and where it is no number.
         step: the last training step that was reported.
         loss: the last training loss that was reported.
         seconds: it took, retries counted in.
@@ -70,9 +70,11 @@ def _outcome(result: Result, metric: str) -> Outcome:
         state, reason = FAILED, last["failure"]
     elif last.get("is_finished"):
         state = FINISHED
-    elif "is_finished" not in last:
+    elif "config" not in last:  # which Ray asks a trial's actor for, also before there is a report
         state = NOT_STARTED
     score = last.get(metric) if state == FINISHED else None
+    if score is not None and math.isnan(score):
+        score = None  # neither better nor worse than any other
     step, loss = losses[-1] if losses else (None, None)
     seconds = float(last.get("time_total_s", 0.0))
     trial_id = last.get("trial_id") or str(result.path).rpartition("/")[2].split("_")[1]

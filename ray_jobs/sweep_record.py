@@ -12,7 +12,7 @@ from qvl.mlflow_store import Store
 from qvl.provenance import provenance_tags
 from qvl.redaction import redact
 from ray_jobs.children import TRIAL_TAG, children, with_patience
-from ray_jobs.outcome import FAILED, FINISHED, Outcome, draw_trials
+from ray_jobs.outcome import FAILED, FINISHED, STATES, Outcome, draw_trials
 
 _STATUS = {FINISHED: "FINISHED", FAILED: "FAILED"}
 
@@ -72,6 +72,8 @@ class SweepRecord:
             client.set_tag(run_id, "trial_state", trial.state)
             if trial.reason:
                 client.set_tag(run_id, "error", redact(trial.reason))
+            elif "error" in run.data.tags:
+                client.delete_tag(run_id, "error")  # of a try before this one
             if run.info.status != wanted:
                 client.set_terminated(run_id, wanted)
         rows = [trial.row(metric) for trial in trials]
@@ -84,7 +86,7 @@ class SweepRecord:
         scores = [trial.score for trial in trials if trial.score is not None]
         if scores:
             client.log_metric(self.run_id, f"best_{metric}", scores[0])
-        for state in {trial.state for trial in trials}:
+        for state in STATES:
             count = sum(trial.state == state for trial in trials)
             client.log_metric(self.run_id, f"num_{state.replace(' ', '_')}", count)
 

@@ -28,9 +28,11 @@ from qvl.scenes import write_scenes
 from ray_jobs.axes import Range, example_of
 from ray_jobs.children import TRIAL_TAG, children, find_or_make_child, require_reachable_by_all, with_patience
 from ray_jobs.narrator import Narrator
+from ray_jobs.outcome import FAILED, FINISHED, NOT_STARTED, PRUNED, Outcome, outcomes
 from ray_jobs.search import axes_for
 from ray_jobs.storage import note_sweep, sweep_folder
 from ray_jobs.sweep import Sweep, _parse, run_sweep
+from ray_jobs.sweep_record import SweepRecord
 from ray_jobs.task import checked_settings
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
@@ -303,6 +305,51 @@ def test_a_sweep_without_rays_record_is_not_resumed(state: str | None, tmp_path:
         sweep_folder(str(tmp_path), "lost", "newest")
     (tmp_path / "lost_1" / "experiment_state-2027.json").write_text("{}")
     assert sweep_folder(str(tmp_path), "lost", "newest")[0] == "lost_1"
+
+
+def results_of(last: list[dict[str, Any]]) -> Any:
+    """As Ray gives them, without what was reported on the way."""
+    return [
+        SimpleNamespace(metrics=row, error=None, metrics_dataframe=None, config=row.get("config"), path="")
+        for row in last
+    ]
+
+
+def test_a_trial_that_ended_before_its_first_report_has_started() -> None:
+    """Of such a one, Ray knows what its actor says of itself; its MLflow run says KILLED."""
+    grid = results_of([{"trial_id": "t0", "config": {"lora_r": 4}, "pid": 7}, {"trial_id": "t1"}])
+    assert [trial.state for trial in outcomes(grid, "bleu4", "max")] == [PRUNED, NOT_STARTED]
+
+
+def test_a_score_that_is_no_number_is_never_the_best() -> None:
+    scores = [float("nan"), 0.2, 0.5, float("nan")]
+    last = [{"trial_id": f"t{n}", "is_finished": True, "bleu4": score} for n, score in enumerate(scores)]
+    grid = results_of([{"config": {}, **row} for row in last])
+    for mode, best in (("max", "t2"), ("min", "t1")):
+        found = outcomes(grid, "bleu4", mode)
+        assert [trial.score for trial in found[2:]] == [None, None]
+        assert found[0].trial_id == best
+        assert {trial.state for trial in found} == {FINISHED}
+
+
+def test_a_sweep_that_is_settled_again_says_what_is_true_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    store = Store(tmp_path)
+    record = SweepRecord(store, "recipe", "sweep", None, {})
+    child = find_or_make_child(store, "recipe", record.run_id, "t0", {"lora_r": 4}).info.run_id
+    for state, score, reason in ((FAILED, None, "no room"), (PRUNED, None, ""), (FINISHED, 0.5, "")):
+        record.settle([Outcome("t0", {"lora_r": 4}, state, score, 1, 1.0, 1.0, reason)], "bleu4")
+    run = store.client.get_run(child)
+    assert (run.info.status, run.data.tags["trial_state"]) == ("FINISHED", "finished")
+    assert "error" not in run.data.tags
+    counts = store.client.get_run(record.run_id).data.metrics
+    assert counts == {
+        "best_bleu4": 0.5,
+        "num_finished": 1,
+        "num_failed": 0,
+        "num_pruned": 0,
+        "num_not_started": 0,
+    }
 
 
 def test_a_child_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
