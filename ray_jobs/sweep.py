@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 STORAGE = Path("outputs/sweeps")
+# What a driver needs to know of the sweep that it resumes; the rest is in Ray's own record.
+_KEPT = ("scheduler", "cpus_per_trial")
 # What Ray says again and again, and at length; a sweep has its own lines and its own table.
 _QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -99,7 +101,7 @@ def run_sweep(sweep: Sweep, name: str, argv: Sequence[str]) -> bool:
     words = left.get("words", words)
     from ray_jobs.task import checked_settings
 
-    options.scheduler = left.get("scheduler", options.scheduler)
+    _go_on_as_before(options, left)
     axes = _axes_of(sweep, options.scheduler)
     if options.scheduler == "pbt" and not left:
         # What is copied from a better trial is its checkpoint, so there has to be one whenever trials are compared.
@@ -118,7 +120,8 @@ def run_sweep(sweep: Sweep, name: str, argv: Sequence[str]) -> bool:
     recipe = Path(sweep.recipe).stem
     plan = Plan(sweep.recipe, recipe, tuple(words), folder, record.run_id, options.scheduler == "pbt")
     if not left:
-        note_sweep(storage, folder_name, {"words": words, "scheduler": options.scheduler, "parent_id": record.run_id})
+        kept = {name: getattr(options, name) for name in _KEPT}
+        note_sweep(storage, folder_name, {"words": words, **kept, "parent_id": record.run_id})
     print(f"Sweep {folder_name} in {storage}; MLflow: {record.where_to_look}", flush=True)
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -159,11 +162,23 @@ def _parse(sweep: Sweep, name: str, argv: Sequence[str]) -> tuple[argparse.Names
     for flag in ("--output_dir", "--resume_from_checkpoint", "--run_name"):
         if any(word.partition("=")[0] == flag for word in words):
             raise UserError(f"{flag} is each trial's own: a sweep's place is --storage_path, and --resume resumes it.")
-    if options.resume and words:
-        raise UserError(f"--resume goes on with the sweep's own flags: leave out {' '.join(words)}.")
+    others = [f"--{name}" for name in _given(parser, options) if name not in ("resume", "storage_path")]
+    if options.resume and (words or others):
+        raise UserError(f"--resume goes on with the sweep's own flags: leave out {' '.join([*others, *words])}.")
     if options.num_samples < 1:
         raise UserError(f"--num_samples {options.num_samples}: it has to be at least 1.")
     return options, words
+
+
+def _go_on_as_before(options: argparse.Namespace, left: Mapping[str, Any]) -> None:
+    """Puts what the sweep's first driver noted in the place of defaults; without notes nothing changes."""
+    for name in _KEPT:
+        setattr(options, name, left.get(name, getattr(options, name)))
+
+
+def _given(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
+    """Names of the options that differ from their defaults."""
+    return [name for name, value in vars(options).items() if value != parser.get_default(name)]
 
 
 def _axes_of(sweep: Sweep, scheduler: str) -> dict[str, Axis]:

@@ -31,7 +31,7 @@ from ray_jobs.narrator import Narrator
 from ray_jobs.outcome import FAILED, FINISHED, NOT_STARTED, PRUNED, Outcome, outcomes
 from ray_jobs.search import axes_for
 from ray_jobs.storage import note_sweep, sweep_folder
-from ray_jobs.sweep import Sweep, _parse, run_sweep
+from ray_jobs.sweep import Sweep, _go_on_as_before, _parse, run_sweep
 from ray_jobs.sweep_record import SweepRecord
 from ray_jobs.task import checked_settings
 
@@ -305,6 +305,17 @@ def test_a_sweep_without_rays_record_is_not_resumed(state: str | None, tmp_path:
         sweep_folder(str(tmp_path), "lost", "newest")
     (tmp_path / "lost_1" / "experiment_state-2027.json").write_text("{}")
     assert sweep_folder(str(tmp_path), "lost", "newest")[0] == "lost_1"
+
+
+def test_a_resumed_sweep_has_its_own_flags(tmp_path: Path) -> None:
+    sweep = load("flickr8k_lora")
+    options, _ = _parse(sweep, "flickr8k_lora", ["--resume", "--storage_path", str(tmp_path)])
+    _go_on_as_before(options, {"words": [], "scheduler": "pbt", "cpus_per_trial": 8.0, "parent_id": "0a1b"})
+    assert (options.scheduler, options.cpus_per_trial) == ("pbt", 8.0)
+    # Ray would go on with the old ones, without a word.
+    for words in (["--num_samples", "99"], ["--max_concurrent", "2"], ["--time_budget", "60"], ["--smoke"]):
+        with pytest.raises(UserError, match=f"leave out {' '.join(words)[: len(words[0])]}"):
+            _parse(sweep, "flickr8k_lora", ["--resume", *words])
 
 
 def results_of(last: list[dict[str, Any]]) -> Any:
