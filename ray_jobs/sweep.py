@@ -212,9 +212,22 @@ def _connect(storage: str) -> dict[str, str]:
 
     shorten_ray()
     ray.init(log_to_driver=False, logging_level="WARNING", runtime_env=code_for_workers(ROOT))
-    if has_travelled() and "://" not in storage and len(_machines()) > 1:
-        print(f"Trials run on several machines: {storage} has to be a folder that all of them share, such as NFS.")
+    if has_travelled() and "://" not in storage:
+        _say_what_lasts(Path(storage), len(_machines()))
     return travelling_variables()
+
+
+def _say_what_lasts(storage: Path, num_machines: int) -> None:
+    """In a checkout that Ray has brought, what is written is lost unless it lies elsewhere."""
+    if num_machines > 1:
+        print(f"Trials run on several machines: {storage} has to be a folder that all of them share, such as NFS.")
+    if storage.is_relative_to(Path.cwd()):
+        print(
+            "This checkout is a copy that Ray removes some time after the job, and the sweep's storage and MLflow's "
+            "default file lie in it: what is to last goes to a --storage_path elsewhere and to the server of "
+            "MLFLOW_TRACKING_URI.",
+            flush=True,
+        )
 
 
 def _machines() -> set[str]:

@@ -31,7 +31,7 @@ from ray_jobs.narrator import Narrator
 from ray_jobs.outcome import FAILED, FINISHED, NOT_STARTED, PRUNED, Outcome, outcomes
 from ray_jobs.search import axes_for
 from ray_jobs.storage import note_sweep, sweep_folder
-from ray_jobs.sweep import Sweep, _go_on_as_before, _parse, run_sweep
+from ray_jobs.sweep import Sweep, _go_on_as_before, _parse, _say_what_lasts, run_sweep
 from ray_jobs.sweep_record import SweepRecord
 from ray_jobs.task import checked_settings
 
@@ -361,6 +361,18 @@ def test_a_sweep_that_is_settled_again_says_what_is_true_then(tmp_path: Path, mo
         "num_pruned": 0,
         "num_not_started": 0,
     }
+
+
+def test_a_sweep_in_rays_copy_of_the_checkout_is_told_to_write_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _say_what_lasts(tmp_path / "outputs" / "sweeps", 1)
+    assert "--storage_path" in capsys.readouterr().out
+    _say_what_lasts(tmp_path.parent / "shared", 1)
+    assert capsys.readouterr().out == ""
+    _say_what_lasts(tmp_path.parent / "shared", 2)
+    assert "NFS" in capsys.readouterr().out
 
 
 def test_a_child_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
