@@ -7,7 +7,7 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,39 @@ class Stopped(Terminated):
     """A scheduler has ended this training; its MLflow run becomes KILLED."""
 
 
+class _Worker:
+    """A thread that does one thing after the other.
+
+    All runs of a process are its: torch.compile in a second thread, after the first one has ended, crashes the process
+    (torch 2.11, a segmentation fault where it makes fake tensors).
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], threading.Event]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def start(self, job: Callable[[], None]) -> threading.Event:
+        """Does this once the jobs before it are done; returns what is set when it has ended."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, daemon=True)
+            self._thread.start()
+        has_ended = threading.Event()
+        self._jobs.put((job, has_ended))
+        return has_ended
+
+    def _work(self) -> None:
+        while True:
+            job, has_ended = self._jobs.get()
+            try:
+                job()
+            finally:
+                del job  # and the run that it belongs to
+                has_ended.set()
+
+
+_worker = _Worker()
+
+
 class TrialRun:
     """A recipe that runs in a thread, one report at a time: between two of them it does nothing."""
 
@@ -65,15 +98,15 @@ class TrialRun:
         self._file, self._words, self._overrides, self._kept, self._log = file, words, overrides, kept, log
         self._reports: queue.Queue[Report] = queue.Queue()
         self._goes_on: queue.Queue[bool] = queue.Queue()
-        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._work_ended: threading.Event | None = None
         self._started_at = time.perf_counter()
         self.has_ended = False
 
     def next_report(self) -> Report:
         """Lets the run go on and waits for what it says next."""
-        if self._thread.ident is None:
+        if self._work_ended is None:
             self._started_at = time.perf_counter()
-            self._thread.start()
+            self._work_ended = _worker.start(self._work)
         else:
             self._goes_on.put(True)
         report = self._reports.get()
@@ -82,9 +115,9 @@ class TrialRun:
 
     def stop(self) -> None:
         """Ends the run where it waits, if it does; the base is clean afterwards."""
-        if self._thread.ident is not None and not self.has_ended:
+        if self._work_ended is not None and not self.has_ended:
             self._goes_on.put(False)
-            self._thread.join()
+            self._work_ended.wait()
             self.has_ended = True
 
     def seconds_since_start(self) -> float:

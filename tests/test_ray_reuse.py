@@ -234,3 +234,20 @@ def test_variants_of_compiled_code_do_not_come_to_torchs_limit() -> None:
             assert counters["ok"] == before + 1, f"variant {number} was not compiled"
             if number % 30 == 29:
                 kept.clean()
+
+
+class Noting(KeptBase):
+    """Notes the threads that it is used in."""
+
+    def clean(self) -> None:
+        threads.append(threading.current_thread())
+
+
+threads: list[threading.Thread] = []
+
+
+def test_all_trials_of_a_process_run_in_one_thread(tmp_path: Path) -> None:
+    """torch 2.11 crashes when a second thread compiles after the first one has ended."""
+    for number in range(2):
+        finish(trial(tmp_path / str(number), Noting(), max_steps="none"))
+    assert len(threads) == 2 and threads[0] is threads[1]
