@@ -161,3 +161,37 @@ def leave() -> None:
     if dist.is_initialized():
         on_main(lambda: None)
         dist.destroy_process_group()
+
+
+class FlagOfAll:
+    """Whether a flag was set on any process; with several of them it answers for the look before.
+
+    To wait for the others at every step would keep a GPU idle until it has its next batch.
+    """
+
+    def __init__(self) -> None:
+        self._of_look_before: Any = None
+        self._arrived: Any = None
+
+    def look(self, flag: bool, device: "torch.device") -> bool:
+        """Tells the others this process's flag, and returns whether any had one at the look before.
+
+        Args:
+            flag: of this process.
+            device: where this process computes.
+        """
+        if num_processes() == 1:
+            return flag
+        import torch
+        import torch.distributed as dist
+
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        was_set = self._of_look_before is not None and bool(self._of_look_before)
+        found = torch.full((), int(flag), device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        self._of_look_before = found.to("cpu", non_blocking=True)
+        if found.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        return was_set

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qvl.errors import UserError
-from qvl.processes import anywhere
+from qvl.processes import FlagOfAll, anywhere
 
 # A loss scaler starts at 65,536 and halves at every overflow; below 1 it scales gradients down, into fp16's underflow.
 _SMALLEST_LOSS_SCALE = 1.0
@@ -104,6 +104,7 @@ class SaveOnTermination(TrainerCallback):
     def __init__(self) -> None:
         self.requested = False
         self._previous: Any = None
+        self._has_asked = FlagOfAll()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -117,14 +118,15 @@ class SaveOnTermination(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks for a checkpoint and the end; of several processes all at the same step, whichever had the signal."""
-        self.requested = anywhere(self.requested, args.device)
-        if self.requested:
+        if self._has_asked.look(self.requested, args.device):
+            self.requested = True
             control.should_save = True
             control.should_training_stop = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Gives the signal back."""
+        """Gives the signal back, and has all processes know of one that came in the last step."""
+        self.requested = anywhere(self.requested, args.device)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
