@@ -47,6 +47,8 @@ from qvl.training_form import recomputable_dropout, training_form
 
 _NUM_COMPARED = 8
 _MOST_OVERFIT_STEPS = 60
+# The recipes' own; with a careful run's rate eight rows would take longer to know by heart than there are steps.
+_LEAST_OVERFIT_RATE = 2e-4
 # Of the loss that has to be reached; with dropout the loss that training logs is above the one that is checked.
 _STOP_SHARE = 0.5
 # Room for what loading needs beside the weights.
@@ -309,7 +311,7 @@ def _mean_loss(model: PeftModel, rows: Dataset, collator: CompletionCollator) ->
 
 
 def _overfit_arguments(run: Run, folder: Path, num_rows: int) -> SFTConfig:
-    """The run's own arguments, for many steps over all rows at a time and at a constant rate."""
+    """The run's own arguments, for many steps over all rows at a time and at a constant rate that is high enough."""
     arguments = trainer_arguments(run)
     size = min(arguments.per_device_train_batch_size, num_rows)
     changes: dict[str, Any] = {
@@ -317,6 +319,7 @@ def _overfit_arguments(run: Run, folder: Path, num_rows: int) -> SFTConfig:
         "max_steps": _MOST_OVERFIT_STEPS,
         "per_device_train_batch_size": size,
         "gradient_accumulation_steps": -(-num_rows // size),
+        "learning_rate": max(arguments.learning_rate, _LEAST_OVERFIT_RATE),
         "lr_scheduler_type": SchedulerType.CONSTANT,
         "warmup_steps": 0,
         "logging_steps": 1,

@@ -190,12 +190,14 @@ def test_the_check_trains_with_the_dropout_that_compiled_layers_can_compute_agai
 ) -> None:
     """As on a GPU, where a compiled layer would draw other numbers in its backward pass; nothing is compiled here."""
     seen: list[type[torch.nn.Module]] = []
+    rates: list[float] = []
 
     class FarEnoughError(Exception):
         pass
 
     def built(model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         seen.extend(type(module) for module in model.modules())
+        rates.append(args[3].learning_rate)
         raise FarEnoughError
 
     monkeypatch.setattr(training_form, "trains_compiled", lambda settings: True)
@@ -203,5 +205,6 @@ def test_the_check_trains_with_the_dropout_that_compiled_layers_can_compute_agai
     monkeypatch.setattr(check_stage, "build_trainer", built)
     flags = {"smoke": True, "stages": ["check"], "lora_dropout": 0.05, "output_dir": str(tmp_path / "run")}
     with pytest.raises(FarEnoughError):
-        run(qwen_chat.RECIPE, flags)
+        run(qwen_chat.RECIPE, {**flags, "learning_rate": 2e-5})
+    assert rates == [2e-4], "with its own rate the run would not learn its rows in sixty steps"
     assert SeededDropout in seen and torch.nn.Dropout not in seen
