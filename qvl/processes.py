@@ -116,14 +116,22 @@ def anywhere(flag: bool, device: "torch.device") -> bool:
         flag: of this process.
         device: where this process computes.
     """
-    if num_processes() == 1:
-        return flag
+    return bool(flag_of_all(flag, device)) if num_processes() > 1 else flag
+
+
+def flag_of_all(flag: bool, device: "torch.device") -> "torch.Tensor":
+    """A number on the device, 1 where a flag is set on any of several processes; nobody waits for it here.
+
+    Args:
+        flag: of this process.
+        device: where this process computes.
+    """
     import torch
     import torch.distributed as dist
 
-    found = torch.tensor(int(flag), device=device)
+    found = torch.full((), int(flag), device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found)
+    return found
 
 
 def own_batches(items: Sequence[T], batch_size: int) -> list[list[T]]:
@@ -161,37 +169,3 @@ def leave() -> None:
     if dist.is_initialized():
         on_main(lambda: None)
         dist.destroy_process_group()
-
-
-class FlagOfAll:
-    """Whether a flag was set on any process; with several of them it answers for the look before.
-
-    To wait for the others at every step would keep a GPU idle until it has its next batch.
-    """
-
-    def __init__(self) -> None:
-        self._of_look_before: Any = None
-        self._arrived: Any = None
-
-    def look(self, flag: bool, device: "torch.device") -> bool:
-        """Tells the others this process's flag, and returns whether any had one at the look before.
-
-        Args:
-            flag: of this process.
-            device: where this process computes.
-        """
-        if num_processes() == 1:
-            return flag
-        import torch
-        import torch.distributed as dist
-
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        was_set = self._of_look_before is not None and bool(self._of_look_before)
-        found = torch.full((), int(flag), device=device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        self._of_look_before = found.to("cpu", non_blocking=True)
-        if found.is_cuda:
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-        return was_set

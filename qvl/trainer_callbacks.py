@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qvl.errors import UserError
-from qvl.processes import FlagOfAll, anywhere
+from qvl.processes import anywhere, flag_of_all, num_processes
 
 # A loss scaler starts at 65,536 and halves at every overflow; below 1 it scales gradients down, into fp16's underflow.
 _SMALLEST_LOSS_SCALE = 1.0
@@ -47,8 +47,7 @@ class DivergenceWatchdog(TrainerCallback):
     def __init__(self, model: nn.Module, loss_scale: Callable[[], float | None]) -> None:
         self.loss_scale = loss_scale
         self.not_finite: torch.Tensor | None = None
-        self._of_step_before: torch.Tensor | None = None
-        self._arrived: torch.cuda.Event | None = None
+        self._answers = _OneStepLate()
         self.hook = model.register_forward_hook(self._look)
 
     def _look(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
@@ -66,16 +65,11 @@ class DivergenceWatchdog(TrainerCallback):
             UserError: the run has diverged.
         """
         if self.not_finite is not None:
-            if self._arrived is not None:
-                self._arrived.synchronize()
-            if self._of_step_before is not None:
-                _require_finite(self._of_step_before, state.global_step - 1)
+            of_step_before = self._answers.swap(self.not_finite)
+            if of_step_before is not None:
+                _require_finite(of_step_before, state.global_step - 1)
             if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
                 _require_finite(self.not_finite, state.global_step)
-            self._of_step_before = self.not_finite.to("cpu", non_blocking=True)
-            if self.not_finite.is_cuda:
-                self._arrived = torch.cuda.Event()
-                self._arrived.record()
         scale = self.loss_scale()
         if scale is not None and scale < _SMALLEST_LOSS_SCALE:
             raise UserError(
@@ -98,13 +92,31 @@ def _require_finite(not_finite: torch.Tensor, step: int) -> None:
         )
 
 
+class _OneStepLate:
+    """Numbers of a device, each told on the host when the next one is sent: nobody waits for the step at work."""
+
+    def __init__(self) -> None:
+        self._sent: torch.Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+
+    def swap(self, number: torch.Tensor) -> torch.Tensor | None:
+        """Sends this one off and returns the one before; None at first."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        before, self._sent = self._sent, number.to("cpu", non_blocking=True)
+        if number.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        return before
+
+
 class SaveOnTermination(TrainerCallback):
     """SIGTERM during training: finish the step, save a checkpoint, stop. `requested` then tells."""
 
     def __init__(self) -> None:
         self.requested = False
         self._previous: Any = None
-        self._has_asked = FlagOfAll()
+        self._answers = _OneStepLate()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -118,7 +130,12 @@ class SaveOnTermination(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks for a checkpoint and the end; of several processes all at the same step, whichever had the signal."""
-        if self._has_asked.look(self.requested, args.device):
+        if num_processes() > 1:
+            of_step_before = self._answers.swap(flag_of_all(self.requested, args.device))
+            stops = of_step_before is not None and bool(of_step_before)
+        else:
+            stops = self.requested
+        if stops:
             self.requested = True
             control.should_save = True
             control.should_training_stop = True
