@@ -18,7 +18,6 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 from trl import SFTConfig
 
 from qvl import (
-    adapter_checks,
     adapters,
     behaviour_checks,
     checks,
@@ -40,7 +39,7 @@ from qvl.free_photos import caption_photos, photo_paths
 from qvl.generate import Decoding
 from qvl.held_out import held_out_losses
 from qvl.models import comes_quantized, load_base, load_config, skeleton
-from qvl.train_stage import trainer_arguments
+from qvl.train_stage import lora_placement, trainer_arguments
 from qvl.trained_parts import round_to_base, take_off, trained_parts
 from qvl.trainer import build_trainer, train
 from qvl.training_form import recomputable_dropout, training_form
@@ -153,10 +152,7 @@ class _CheckStage:
         parts = trained_parts(self.base, run.settings)
         with training_form(run, self.base, self.collator):
             model = adapters.add_adapter(self.base, run.settings)
-            options = run.settings.model
-            if run.settings.recipe.adapter is None:
-                targets, rank = options.lora_target_modules, options.lora_r
-                self._note(adapter_checks.check_lora_placement(model, targets, rank, parts))
+            self._note(lora_placement(run, model, parts))
             self._note([checks.check_placement(adapters.report_parameters(model, parts))])
             self._note(checks.check_parts_trained(model, parts))
             with plain_layers(self.base):

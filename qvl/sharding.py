@@ -127,8 +127,7 @@ def keep_sums_in_full(plugin: FullyShardedDataParallelPlugin | None) -> None:
     Args:
         plugin: accelerate's, before it has prepared a model; None where nothing is shared out by FSDP2.
     """
-    policy = plugin.mixed_precision_policy if plugin is not None else None
-    if plugin is not None and isinstance(policy, MixedPrecisionPolicy):
+    if plugin is not None and isinstance(policy := plugin.mixed_precision_policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 

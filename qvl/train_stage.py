@@ -74,7 +74,7 @@ def _train_adapter(run: Run, resume_from: Path | None) -> None:
         report = adapters.report_parameters(model, parts)
         print("\n".join(report.lines()), flush=True)
         adapters.require_adapter_in_language_model(report)
-        placement = _check_lora_placement(run, model, parts)
+        placement = lora_placement(run, model, parts)
         checks.require_passed(placement)
         phases = phase_switches(run.settings, model, parts)
         if run.settings.recipe.cache_vision_features:
@@ -108,7 +108,7 @@ def _train_adapter(run: Run, resume_from: Path | None) -> None:
     verdicts = [
         checks.check_placement(adapters.report_parameters(model, parts)),
         # The end of a phase may leave LoRA frozen, which is then not missing.
-        *(placement if phases else _check_lora_placement(run, model, parts)),
+        *(placement if phases else lora_placement(run, model, parts)),
         *checks.check_parts_trained(model, parts),
         checks.check_frozen(before, after, trainable),
         checks.check_adapter_moved(before, after, trainable),
@@ -143,7 +143,7 @@ def _require_images_for_parts(run: Run) -> None:
         )
 
 
-def _check_lora_placement(run: Run, model: PeftModel, parts: Sequence[TrainedPart]) -> list[Check]:
+def lora_placement(run: Run, model: PeftModel, parts: Sequence[TrainedPart]) -> list[Check]:
     """LoRA on the layers that the flags name; no verdict on an `--adapter`, which has its own, or a model in pieces."""
     options = run.settings.model
     if run.settings.recipe.adapter is not None or sharding() is not Sharding.NOTHING:
