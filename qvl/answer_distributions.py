@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from qvl.collators import CompletionCollator
 from qvl.encode import IGNORED_LABEL
 from qvl.features import encoder_inputs
+from qvl.models import without_adapter
 
 # Of a long answer the beginning tells enough: 8 answers x 64 tokens x 151,936 words x 4 bytes are 0.3 GiB.
 _MOST_TOKENS = 64
@@ -33,7 +34,7 @@ def answer_distributions(
 
 def batch_distributions(model: PreTrainedModel | PeftModel, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     """`answer_distributions` of a batch with `labels` (int64, (rows, length)); the token at t is predicted at t - 1."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_adapter(model)
     labels = batch["labels"]
     inputs = {key: value.to(base.device) for key, value in batch.items() if key != "labels"}
     was_training = model.training

@@ -22,7 +22,7 @@ from qvl.bench_report import FAILED, MEASURED, NOT_RUN, OUT_OF_MEMORY, draw, sum
 from qvl.bench_timer import Block, BlockTimer, measure_matmul_peak
 from qvl.bench_work import WorkCounter, count_weights
 from qvl.errors import UserError
-from qvl.memory_use import peak_gib, reset_peak
+from qvl.memory_use import is_out_of_memory, peak_gib, reset_peak
 from qvl.models import load_config
 from qvl.provenance import provenance_tags
 from qvl.settings import Settings
@@ -172,7 +172,7 @@ class Rounds:
         except UserError as error:
             record |= {"status": FAILED, "message": str(error)}
         except Exception as error:
-            is_memory = _is_out_of_memory(error)
+            is_memory = is_out_of_memory(error)
             record |= {
                 "status": OUT_OF_MEMORY if is_memory else FAILED,
                 "message": "" if is_memory else f"{type(error).__name__}: {error}",
@@ -225,12 +225,6 @@ def _with_batch_size(prepared: Prepared, batch_size: int) -> Prepared:
     settings.training = copy.copy(settings.training)
     settings.training.per_device_train_batch_size = batch_size
     return dataclasses.replace(prepared, case=prepared.case.with_batch_size(batch_size), settings=settings)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # The CPU's allocator and cuBLAS have no exception of their own.
-    signs = ("can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def _free_memory() -> float:

@@ -38,7 +38,7 @@ from qvl.data import prompt_messages
 from qvl.free_photos import caption_photos, photo_paths
 from qvl.generate import Decoding
 from qvl.held_out import held_out_losses
-from qvl.models import comes_quantized, load_base, load_config, skeleton
+from qvl.models import comes_quantized, load_base, load_config, own_quantization, skeleton
 from qvl.train_stage import lora_placement, trainer_arguments
 from qvl.trained_parts import round_to_base, take_off, trained_parts
 from qvl.trainer import build_trainer, train
@@ -297,8 +297,7 @@ def free_bytes(device: torch.device) -> int:
 
 def _is_nested(base: PreTrainedModel) -> bool:
     """Whether scales are quantized too: as the model is, for a checkpoint that comes quantized ignores the flags."""
-    own = base.config.quantization_config
-    return bool(own["bnb_4bit_use_double_quant"] if isinstance(own, dict) else own.bnb_4bit_use_double_quant)
+    return bool(own_quantization(base.config)["bnb_4bit_use_double_quant"])
 
 
 def _mean_loss(model: PeftModel, rows: Dataset, collator: CompletionCollator) -> float:

@@ -16,6 +16,7 @@ from qvl.errors import UserError
 from qvl.examples import with_features
 from qvl.feature_store import Claim, FeatureStore, ImageFeatures
 from qvl.files import write_json_atomically
+from qvl.models import without_adapter
 from qvl.tower_pass import Place, StoredImage, compute_features, content_hashes, distinct_images, image_places
 from qvl.vision_fingerprint import bytes_per_visual_token, describe_vision, vision_fingerprint, vision_modules
 
@@ -102,7 +103,7 @@ def encoder_inputs(batch: Mapping[str, Any], model: PreTrainedModel | PeftModel)
     if features is None:
         return inputs
     if model.config.model_type in _BEFORE_PROJECTOR:
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = without_adapter(model)
         projected = cast(Any, base.base_model).multi_modal_projector(features)
         return {**inputs, "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=(projected,))}}
     pooled, *deepstack = features.split(model.config.get_text_config().hidden_size, dim=1)
@@ -157,7 +158,7 @@ def cache_features(
     refuse_uncacheable(model.config)
     if isinstance(model, PeftModel):
         require_frozen_vision(model)
-        model = cast(PreTrainedModel, model.get_base_model())
+        model = without_adapter(model)
     processor = cast(ProcessorMixin, processing_class)
     images = distinct_images(data_sets, processor)
     namespace = vision_fingerprint(model, processor)

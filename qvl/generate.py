@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -18,6 +17,7 @@ from qvl.encode import ProcessingClass, prompt_text, tokenize, tokenizer_of
 from qvl.errors import UserError
 from qvl.features import encoder_inputs
 from qvl.graphed_decoding import GraphedDecoding
+from qvl.models import without_adapter
 from qvl.positions import Positions, positions_of, split_grids
 from qvl.processes import gathered, num_processes, own_batches
 
@@ -167,7 +167,7 @@ def generate(
     Raises:
         UserError: not even one prompt fits into the device's memory.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_adapter(model)
     was_training = model.training
     model.eval()
     most = max(lengths) + decoding.max_new_tokens if lengths and base.device.type == "cuda" else None
@@ -266,7 +266,7 @@ def _batches(
         # The last batch is filled up with its last prompt; the same answer comes again.
         batches[-1] += [batches[-1][-1]] * (batch_size - len(batches[-1]))
     config = decoding.config(processing_class, model)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_adapter(model)
     compiles = decoding.compile_layers and graphed is not None and can_compile(base.device)
     # Models that number tokens in one dimension do it faster than it takes to send the numbers.
     positions = positions_of(base.config) if hasattr(base.base_model, "get_rope_index") else None

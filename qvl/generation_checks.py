@@ -13,6 +13,7 @@ from qvl.checks import Check, at_most
 from qvl.encode import ProcessingClass
 from qvl.features import encoder_inputs
 from qvl.generate import Decoding, PromptCollator, end_tokens
+from qvl.models import without_adapter
 
 # Greedy decoding turns a rounding difference into another word where two are about equally likely, and the longer an
 # answer is, the surer it meets such a place: 2 of 8 answers of 12 tokens of the embedded model in bf16, none in fp32.
@@ -51,7 +52,7 @@ def _generated(
 ) -> tuple[list[list[int]], Sequence[torch.Tensor]]:
     """`generate_tokens`, and of each step the logits, (prompts, vocabulary), if they are wanted."""
     batch = PromptCollator(processing_class)(list(prompts))
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_adapter(model)
     inputs = encoder_inputs({key: value.to(base.device) for key, value in batch.items()}, base)
     was_training = model.training
     model.eval()

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from qvl.collators import CompletionCollator
 from qvl.encode import IGNORED_LABEL
 from qvl.features import encoder_inputs
+from qvl.models import without_adapter
 from qvl.processes import gathered, own_batches
 from qvl.segment_attention import SEGMENTS_PER_SAMPLE
 
@@ -58,7 +59,7 @@ def token_sums(model: PreTrainedModel | PeftModel, batch: dict[str, torch.Tensor
         batch: model inputs, or features in place of pixels, and `labels` (int64, (B, T)); `segment_ids` tell samples
             of one row apart.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_adapter(model)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     hidden = base.base_model(**encoder_inputs(inputs, base), use_cache=False).last_hidden_state
     targets = batch["labels"][:, 1:]

@@ -5,7 +5,6 @@ import heapq
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -22,7 +21,7 @@ from qvl.generate import bytes_per_prompt
 from qvl.image_words import images_as_words
 from qvl.memory_needs import LongestRows, Needs
 from qvl.memory_weights import Packing, count_trained, largest_packed_layer, weight_parts
-from qvl.models import skeleton
+from qvl.models import own_quantization, skeleton
 from qvl.settings import Settings
 from qvl.shared_prefix import segment_refusal
 from qvl.survey import RowLength, num_visual_tokens, prompt_lengths, training_lengths
@@ -139,7 +138,7 @@ def rows_as_long_as_allowed(settings: Settings) -> LongestRows:
 
 def packing_of(settings: Settings, config: PretrainedConfig) -> Packing:
     """How the language model's linear layers lie in memory while training: by a flag, or as the checkpoint comes."""
-    own, options = _own_quantization(config), settings.model
+    own, options = own_quantization(config), settings.model
     if options.load_in_4bit or own.get("load_in_4bit"):
         nested = options.use_bnb_nested_quant if options.load_in_4bit else own.get("bnb_4bit_use_double_quant")
         return "nested 4-bit" if nested else "4-bit"
@@ -148,15 +147,9 @@ def packing_of(settings: Settings, config: PretrainedConfig) -> Packing:
     return "fp8" if settings.recipe.base_precision == "fp8" else "none"
 
 
-def _own_quantization(config: PretrainedConfig) -> dict[str, Any]:
-    """How a checkpoint says that it comes quantized; empty for one that does not."""
-    own: Any = getattr(config, "quantization_config", None) or {}
-    return dict(own if isinstance(own, dict) else own.to_dict())
-
-
 def _quantization_method(config: PretrainedConfig) -> str | None:
     """Upstream's name of what has quantized a checkpoint, such as "awq"; None for one in 16 or 32 bits."""
-    own = _own_quantization(config)
+    own = own_quantization(config)
     if not own:
         return None
     # Files of bitsandbytes' first days name no method.

@@ -6,6 +6,8 @@ import sys
 
 import torch
 
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+
 
 def reset_peak() -> None:
     """Starts a new peak on the GPU; the host's cannot be reset."""
@@ -20,6 +22,12 @@ def peak_gib() -> float:
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is what was missing; the CPU's allocator and cuBLAS have no class of their own for it."""
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in said for words in _OUT_OF_MEMORY)
 
 
 def give_back_unused() -> None:

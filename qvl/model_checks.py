@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from qvl.checks import Check, at_most, none_of
 from qvl.conversations import assistant_message
 from qvl.memory_weights import packed_4bit_bytes
-from qvl.models import language_model_path, skeleton
+from qvl.models import language_model_path, own_quantization, skeleton
 
 # Bytes that the computation leaves out: small buffers such as rotary frequencies.
 MOST_FOOTPRINT_ERROR = 0.01
@@ -26,11 +26,10 @@ def quantized_bits(model: PreTrainedModel, load_in_4bit: bool, load_in_8bit: boo
     Returns:
         4, 8, or 0 for weights that are not quantized.
     """
-    own = getattr(model.config, "quantization_config", None)
-    settings = own if isinstance(own, Mapping) else own.to_dict() if own is not None else {}
-    if load_in_4bit or settings.get("load_in_4bit"):
+    own = own_quantization(model.config)
+    if load_in_4bit or own.get("load_in_4bit"):
         return 4
-    return 8 if load_in_8bit or settings.get("load_in_8bit") else 0
+    return 8 if load_in_8bit or own.get("load_in_8bit") else 0
 
 
 def check_quantization(model: PreTrainedModel, bits: int) -> list[Check]:

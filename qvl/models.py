@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -60,7 +61,7 @@ def _load_named_config(settings: Settings) -> PretrainedConfig:
 
 def comes_quantized(settings: Settings) -> bool:
     """Whether the checkpoint itself is quantized; it then stays as it is, whatever the flags say."""
-    return getattr(_load_named_config(settings), "quantization_config", None) is not None
+    return bool(own_quantization(_load_named_config(settings)))
 
 
 def load_processing_class(settings: Settings, folder: Path | None = None) -> ProcessingClass:
@@ -182,6 +183,17 @@ def language_model_path(model: nn.Module) -> str:
     """Path of the language model inside a model, such as `model.language_model`, or `model` for a text-only one."""
     decoder = cast(PreTrainedModel, model).get_decoder()
     return next(name for name, module in model.named_modules() if module is decoder)
+
+
+def without_adapter(model: nn.Module) -> PreTrainedModel:
+    """The model below an adapter, or the model itself where it has none."""
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def own_quantization(config: PretrainedConfig) -> dict[str, Any]:
+    """How a checkpoint, or a model quantized while loading, says that it is; empty for one in 16 or 32 bits."""
+    own: Any = getattr(config, "quantization_config", None) or {}
+    return dict(own if isinstance(own, dict) else own.to_dict())
 
 
 def _auto_class(config: PretrainedConfig) -> Any:

@@ -6,11 +6,11 @@ import json
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from qvl.checks import tensor_hash
+from qvl.models import without_adapter
 
 
 def vision_fingerprint(model: PreTrainedModel, processing_class: ProcessorMixin) -> str:
@@ -60,7 +60,7 @@ def vision_modules(model: nn.Module) -> dict[str, nn.Module]:
 
     Nothing of a model of text alone, which is its decoder.
     """
-    base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+    base = without_adapter(model)
     if base.get_decoder() is base.base_model:
         return {}
     later = (base.get_decoder(), getattr(base.base_model, "multi_modal_projector", None))

@@ -17,11 +17,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qvl.errors import StoreError, Terminated, UserError, first_line
 from qvl.kept_base import KeptBase
+from qvl.memory_use import is_out_of_memory
 from qvl.recipe import run
 
 _MAX_REASON_CHARACTERS = 400
-# What PyTorch says where it has no class of its own for it.
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @dataclass(frozen=True)
@@ -208,9 +207,6 @@ def _reason(error: BaseException) -> str:
     text = (
         textwrap.shorten(str(error), _MAX_REASON_CHARACTERS, placeholder=" ...") if is_mendable else first_line(error)
     )
-    is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        words in str(error).lower() for words in _OUT_OF_MEMORY
-    )
-    if is_memory:
+    if is_out_of_memory(error):
         return f"out of memory: {text}"
     return text if is_mendable else f"{type(error).__name__}: {text}"
