@@ -28,7 +28,7 @@ from qvl.tracking import RunRecord
 from qvl.train_stage import trainer_arguments
 from qvl.trained_parts import trained_parts
 from qvl.trainer import build_trainer, train
-from qvl.training_form import lower_base_precision, recomputable_dropout, training_form
+from qvl.training_form import lower_base_precision, ready_for_compiling, training_form
 from qvl.training_rows import packed_if_wanted, prepare_training_rows
 
 TRL_DEFAULTS, TRL_BEST, QVL = "TRL, its defaults", "TRL, its best batch", "qvl"
@@ -209,7 +209,7 @@ def _qvl(run: Run, num_rows: int) -> Iterator[Contestant]:
     with training_form(run, base, collator):
         model = adapters.add_adapter(base, run.settings)
         lower_base_precision(run, model)
-        recomputable_dropout(run, model)
+        ready_for_compiling(run, model)
         repeated = _repeated(packed_if_wanted(run, rows, collator), num_rows)
         trainer = build_trainer(
             model, run.processing_class, repeated, None, trainer_arguments(run), collator, parts=parts

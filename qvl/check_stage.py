@@ -42,7 +42,7 @@ from qvl.models import comes_quantized, load_base, load_config, own_quantization
 from qvl.train_stage import lora_placement, trainer_arguments
 from qvl.trained_parts import round_to_base, take_off, trained_parts
 from qvl.trainer import build_trainer, train
-from qvl.training_form import recomputable_dropout, training_form
+from qvl.training_form import ready_for_compiling, training_form
 
 _NUM_COMPARED = 8
 _MOST_OVERFIT_STEPS = 60
@@ -158,7 +158,7 @@ class _CheckStage:
             with plain_layers(self.base):
                 self._check_finite(model, rows)
                 loss_before = _mean_loss(model, rows, self.collator)
-            recomputable_dropout(run, model)
+            ready_for_compiling(run, model)
             with tempfile.TemporaryDirectory() as folder:
                 args = _overfit_arguments(run, Path(folder), len(rows))
                 trainer = build_trainer(model, run.processing_class, rows, None, args, self.collator, parts=parts)

@@ -13,7 +13,10 @@ from weakref import WeakKeyDictionary
 import torch
 import torch._dynamo.config
 import torch._functorch.config
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.compiler import config as _compiler_config
 from transformers import PreTrainedModel
 
 _LEAST_CAPABILITY = (8, 0)
@@ -25,6 +28,8 @@ _ACTIVATION_MEMORY_BUDGET = 0.5
 # at torch's limit of 8 variants a layer would silently run uncompiled, and keep what compiled ones compute again.
 _MOST_VARIANTS = 64
 _num_forgotten_frames = 0
+# dynamo's names of LoRA's weights. Their rank is a symbol too, so that the next trial of a sweep finds compiled layers.
+_OF_ANY_RANK = r".*\['lora_[AB]'\].*"
 
 _Calls: TypeAlias = dict[nn.Module, Callable[..., Any] | None]
 # To wrap the two hundred modules of a model takes half a second, and a run generates several times.
@@ -45,7 +50,7 @@ def num_compiled_frames() -> int:
 def make_room_for_variants() -> None:
     """Forgets all compiled code where a next training of this process might come to torch's limit of variants.
 
-    Each rank and each dropout is a variant of its own: a sweep's process would train uncompiled after twenty of them.
+    Trainings of one process differ in flags such as the kind of checkpointing, and each of these is a variant.
     """
     global _num_forgotten_frames
     if num_compiled_frames() - _num_forgotten_frames > _MOST_VARIANTS // 2:
@@ -70,8 +75,23 @@ def compiled_layers(base: PreTrainedModel, keeps_inputs_only: bool, backend: str
     # The first layer shares the others' compilation if its input wants a gradient as theirs do.
     base.enable_input_require_grads()
     budget = 0.0 if keeps_inputs_only else _ACTIVATION_MEMORY_BUDGET
-    with torch._functorch.config.patch(activation_memory_budget=budget), _called(_compile(layers, backend)):
+    with (
+        torch._functorch.config.patch(activation_memory_budget=budget),
+        _compiler_config.patch(dynamic_sources=_OF_ANY_RANK),  # type: ignore[attr-defined]
+        _called(_compile(layers, backend)),
+    ):
         yield
+
+
+def scale_by_tensors(model: PeftModel) -> None:
+    """Makes LoRA's scale (alpha / rank) an input of compiled code, which would else hold the number and serve no other.
+
+    Args:
+        model: an adapter on its base; it stays so, and computes the same.
+    """
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scaling = {name: torch.tensor(float(s), device=model.device) for name, s in layer.scaling.items()}
 
 
 @contextmanager

@@ -21,11 +21,17 @@ class SeededDropout(nn.Module):
     """
 
     seed: torch.Tensor
+    # Tensors, not numbers: compiled code then serves every p.
+    threshold: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, p: float, seed: torch.Tensor) -> None:
         super().__init__()
         self.p = p
         self.register_buffer("seed", seed, persistent=False)
+        threshold = torch.tensor(int(p * 2**_BITS), dtype=torch.int32, device=seed.device)
+        self.register_buffer("threshold", threshold, persistent=False)
+        self.register_buffer("scale", torch.tensor(1 / (1 - p), device=seed.device), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The input with elements dropped while training, else as it is."""
@@ -33,7 +39,7 @@ class SeededDropout(nn.Module):
             return x
         places = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
         numbers = _mixed(_mixed(places ^ self.seed[0]) ^ self.seed[1]) & (2**_BITS - 1)
-        return torch.where(numbers >= int(self.p * 2**_BITS), x * (1 / (1 - self.p)), 0.0)
+        return torch.where(numbers >= self.threshold, x * self.scale, 0.0)
 
     def extra_repr(self) -> str:
         """As `nn.Dropout` shows itself."""

@@ -38,7 +38,7 @@ from qvl.survey import fit_rows, training_lengths
 from qvl.trained_parts import TrainedPart, names_of_trained_parts, round_to_base, take_off, trained_parts
 from qvl.trainer import build_trainer, train
 from qvl.training_checks import GradientWatch, check_base_kept
-from qvl.training_form import checkpointing_arguments, lower_base_precision, recomputable_dropout, training_form
+from qvl.training_form import checkpointing_arguments, lower_base_precision, ready_for_compiling, training_form
 from qvl.training_phases import phase_switches
 from qvl.training_rows import packed_if_wanted, prepare_training_rows
 from qvl.turns import truncate_turns
@@ -83,7 +83,7 @@ def _train_adapter(run: Run, resume_from: Path | None) -> None:
         run_folder.require_space(run.folder, report.num_trainable, 2 + (args.save_total_limit or 2))
         _require_good_batches(run, rows, collator)
         lower_base_precision(run, model)
-        recomputable_dropout(run, model)
+        ready_for_compiling(run, model)
 
         generations = EvalGenerations(run, model, resume_from) if run.settings.recipe.eval_generations else None
         # Of the model as the trainer leaves it: it casts adapters.

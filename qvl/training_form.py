@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from qvl.active_run import Run
 from qvl.collators import CompletionCollator
-from qvl.compiled_layers import can_compile, compiled_layers
+from qvl.compiled_layers import can_compile, compiled_layers, scale_by_tensors
 from qvl.fp8 import quantize_frozen_base
 from qvl.seeded_dropout import seed_dropout
 from qvl.segment_attention import use_sdpa, use_segment_attention
@@ -83,10 +83,11 @@ def lower_base_precision(run: Run, model: PeftModel) -> None:
         print("\n".join(quantize_frozen_base(model).lines()), flush=True)
 
 
-def recomputable_dropout(run: Run, model: PeftModel) -> None:
-    """Gives compiled layers a dropout that they may compute again; see `qvl.seeded_dropout`."""
+def ready_for_compiling(run: Run, model: PeftModel) -> None:
+    """Gives compiled layers a dropout that they may compute again, and code that serves adapters of all ranks."""
     if trains_compiled(run.settings):
         seed_dropout(model)
+        scale_by_tensors(model)
 
 
 def _leave_trainer(base: PreTrainedModel, forward: Any) -> None:

@@ -9,7 +9,7 @@ from qvl.bench_cases import Case, open_run, prepare
 from qvl.recipe import Recipe
 from qvl.train_stage import trainer_arguments
 from qvl.trainer import build_trainer
-from qvl.training_form import recomputable_dropout, training_form
+from qvl.training_form import ready_for_compiling, training_form
 from qvl.training_rows import packed_if_wanted, prepare_training_rows
 
 KEYS = ("loss", "grad_norm", "num_tokens")
@@ -27,7 +27,7 @@ def training_curve(recipe: Recipe, folder: Path, *flags: str) -> dict[str, list[
     base = trial.load_base()
     with training_form(trial, base, collator):
         model = add_adapter(base, trial.settings)
-        recomputable_dropout(trial, model)
+        ready_for_compiling(trial, model)
         packed = packed_if_wanted(trial, rows, collator)
         trainer = build_trainer(model, trial.processing_class, packed, None, trainer_arguments(trial), collator)
         trainer.train()

@@ -24,10 +24,11 @@ from transformers import PreTrainedModel
 
 import qvl.training_form
 from qvl.collators import CompletionCollator
-from qvl.compiled_layers import compiled_generation, compiled_layers
+from qvl.compiled_layers import compiled_generation, compiled_layers, scale_by_tensors
 from qvl.generate import PromptCollator
 from qvl.models import load_base
 from qvl.positions import positions_of
+from qvl.seeded_dropout import seed_dropout
 from qvl.segment_attention import use_segment_attention
 from qvl.shared_prefix import SharedPrefixCollator
 from qvl.training_form import wants_compiled
@@ -49,10 +50,10 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def with_adapter(model: PreTrainedModel, dropout: float = 0.0) -> PeftModel:
+def with_adapter(model: PreTrainedModel, rank: int = 4, dropout: float = 0.0) -> PeftModel:
     torch.manual_seed(0)
     projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    adapted = get_peft_model(model, LoraConfig(r=4, lora_dropout=dropout, target_modules=projections))
+    adapted = get_peft_model(model, LoraConfig(r=rank, lora_dropout=dropout, target_modules=projections))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.02)
@@ -124,6 +125,25 @@ def test_layers_that_keep_their_inputs_only_train_as_separate_samples_do() -> No
     assert sum(tensor.shape[-1] == width for tensor in kept) == num_layers
     assert sum(t.nbytes for t in {t.data_ptr(): t for t in kept}.values()) < sum(t.nbytes for t in eager) / 8
     assert all(module._compiled_call_impl is None for module in plain.modules())
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_one_compilation_serves_every_rank_scale_and_dropout(quantized: bool) -> None:
+    flags = ["--load_in_4bit", "--use_bnb_nested_quant"] if quantized else []
+    plain = load_base(settings_for(CHAT, *flags), torch.device("cpu"))
+    use_segment_attention(plain)
+    for rank, dropout in ((4, 0.05), (16, 0.1)):
+        model = with_adapter(plain, rank, dropout)
+        seed_dropout(model)
+        torch.manual_seed(0)
+        wanted = [loss_and_gradients(model, batch) for batch in batches(3)]
+        scale_by_tensors(model)
+        torch.manual_seed(0)
+        with compiled_layers(plain, keeps_inputs_only=False, backend=BACKEND):
+            for batch, expected in zip(batches(3), wanted, strict=True):
+                assert_alike(loss_and_gradients(model, batch), expected)
+        assert torch._dynamo.utils.counters["frames"]["total"] == 1
+        model.unload()
 
 
 def test_layers_are_compiled_whole_where_several_processes_train(monkeypatch: pytest.MonkeyPatch) -> None:
