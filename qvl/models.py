@@ -131,6 +131,9 @@ def make_ready(model: PreTrainedModel) -> None:
     use_varlen_vision_attention(model)
     add_deepstack_without_waiting(model)
     keep_quantized_weights_as_they_are(model)
+    # A layer gets its own switch for checkpointing when a training turns it off at its end: with one from the start,
+    # what was compiled before serves after it too. The name that transformers has had since 5.23, or the older one.
+    getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
 
 
 def _load_named_model(settings: Settings, device: torch.device, to_share_out: bool) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 """The base model is loaded once for many trials, and no trial sees that another one was there. Without Ray itself."""
 
+import functools
 import gc
 import json
 import os
@@ -14,7 +15,8 @@ import pytest
 import torch
 from tiny import picture, settings_for
 
-from qvl.compiled_layers import _MOST_VARIANTS
+import qvl.training_form
+from qvl.compiled_layers import _MOST_VARIANTS, compiled_layers, num_compiled_frames
 from qvl.files import read_jsonl
 from qvl.kept_base import KeptBase
 from ray_jobs.learning_rate import set_learning_rate
@@ -234,6 +236,23 @@ def test_variants_of_compiled_code_do_not_come_to_torchs_limit() -> None:
             assert counters["ok"] == before + 1, f"variant {number} was not compiled"
             if number % 30 == 29:
                 kept.clean()
+
+
+@pytest.mark.slow
+def test_a_second_trial_finds_all_that_the_first_one_has_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer of the 8B model takes half a minute to compile; a training must leave nothing that asks for it again."""
+    # What a GPU would answer, and a backend that needs none.
+    monkeypatch.setattr(qvl.training_form, "can_compile", lambda device: True)
+    monkeypatch.setattr(qvl.training_form, "compiled_layers", functools.partial(compiled_layers, backend="eager"))
+    torch._dynamo.reset()
+    kept = KeptBase()
+    assert not finish(trial(tmp_path / "first", kept, learning_rate=1e-3)).failure
+    compiled = num_compiled_frames()
+    assert compiled > 0
+    assert not finish(trial(tmp_path / "second", kept, learning_rate=3e-3)).failure
+    assert num_compiled_frames() == compiled
 
 
 class Noting(KeptBase):
