@@ -6,6 +6,7 @@ masks, sampling and stopping stay upstream's.
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -141,13 +142,19 @@ def _cloned(inputs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps 32 MiB for every stream that it was ever used on."""
+    return torch.cuda.Stream(device)
+
+
 def _captured(work: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
     """Records what `work` launches, without running it.
 
     `torch.cuda.graph` would empty all caches before: the pinned memory of the batches to come among them, which would
     have to be made again.
     """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph, stream = torch.cuda.CUDAGraph(), _capture_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         # What other threads do meanwhile, as the data loader's that pins memory, does not concern the capture.
