@@ -22,9 +22,11 @@ from qvl.trained_parts import take_off
 if TYPE_CHECKING:
     from peft.tuners.lora.bnb import Linear4bit
 
-# Merging rounds the sum to the weights' format: 1e-8 nats measured in fp32.
+# Merging rounds the sum to the weights' format. Measured: 1e-8 nats in fp32; in bf16 1.5e-4 with a tiny model and 0.014
+# and 0.016 with the 7B shape (random weights, loss from 12.6 to 8.3, a harder case than real ones). Quantizing the sum
+# of that model again, which loses most of the adapter, is 0.34.
 MOST_MERGE_NATS_FP32 = 1e-6
-MOST_MERGE_NATS_16_BIT = 0.01
+MOST_MERGE_NATS_16_BIT = 0.03
 MOST_OVERFIT_RATIO = 0.1
 
 Distributions = Callable[[PreTrainedModel | PeftModel], list[torch.Tensor]]
