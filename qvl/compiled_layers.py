@@ -6,7 +6,7 @@ compile nothing.
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -59,7 +59,9 @@ def make_room_for_variants() -> None:
 
 
 @contextmanager
-def compiled_layers(base: PreTrainedModel, keeps_inputs_only: bool, backend: str = "inductor") -> Iterator[None]:
+def compiled_layers(
+    base: PreTrainedModel, keeps_inputs_only: bool, in_pieces: bool = False, backend: str = "inductor"
+) -> Iterator[None]:
     """Trains with compiled decoder layers and vision blocks; outside of it they are as they were.
 
     Args:
@@ -69,29 +71,36 @@ def compiled_layers(base: PreTrainedModel, keeps_inputs_only: bool, backend: str
             `gradient_checkpointing` puts there) torch 2.11's partitioner stops where it has a memory budget and lengths
             are symbols ("Node add was invalid, but is output"), and the last product of a layer would be computed again
             for nothing.
+        in_pieces: hooks of each layer gather its weights and let them go (ZeRO-3, FSDP2): they stay outside of it.
         backend: `torch.compile`'s.
     """
-    layers = [*base.get_decoder().layers, *_vision_blocks(base)]
+    layers = layers_of(base)
     # The first layer shares the others' compilation if its input wants a gradient as theirs do.
     base.enable_input_require_grads()
     budget = 0.0 if keeps_inputs_only else _ACTIVATION_MEMORY_BUDGET
     with (
         torch._functorch.config.patch(activation_memory_budget=budget),
         _compiler_config.patch(dynamic_sources=_OF_ANY_RANK),  # type: ignore[attr-defined]
-        _called(_compile(layers, backend)),
+        _compiled_forwards(layers, backend) if in_pieces else _called(_compile(layers, backend)),
     ):
         yield
 
 
-def scale_by_tensors(model: PeftModel) -> None:
+def layers_of(base: PreTrainedModel) -> list[nn.Module]:
+    """What is compiled, and where a model in pieces is put together: decoder layers and vision blocks."""
+    return [*base.get_decoder().layers, *_vision_blocks(base)]
+
+
+def scale_by_tensors(model: PeftModel, device: torch.device) -> None:
     """Makes LoRA's scale (alpha / rank) an input of compiled code, which would else hold the number and serve no other.
 
     Args:
         model: an adapter on its base; it stays so, and computes the same.
+        device: where it will compute.
     """
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
-            layer.scaling = {name: torch.tensor(float(s), device=model.device) for name, s in layer.scaling.items()}
+            layer.scaling = {name: torch.tensor(float(s), device=device) for name, s in layer.scaling.items()}
 
 
 @contextmanager
@@ -143,15 +152,34 @@ def _called(calls: _Calls) -> Iterator[None]:
     for module, call in calls.items():
         module._compiled_call_impl = call
     try:
-        # Lengths are symbols, numbers such as a norm's epsilon are not: torch would hand each of them in as a tensor on
-        # the CPU, and call the C++ compiler for what is computed of them there.
-        # A layer is compiled whole under DDP too: torch would cut it where a bucket of gradients is full, and keep what
-        # goes over the cut (tokens x 24,576 numbers a layer of 8B, under checkpointing too).
-        with torch._dynamo.config.patch(specialize_float=True, recompile_limit=_MOST_VARIANTS, optimize_ddp=False):
+        with _settings_of_tracing():
             yield
     finally:
         for module in calls:
             module._compiled_call_impl = None
+
+
+@contextmanager
+def _compiled_forwards(modules: Iterable[nn.Module], backend: str) -> Iterator[None]:
+    own = {module: module.__dict__.get("forward") for module in modules}
+    for module in own:
+        module.forward = torch.compile(module.forward, dynamic=True, backend=backend)
+    try:
+        with _settings_of_tracing():
+            yield
+    finally:
+        for module, forward in own.items():
+            del module.__dict__["forward"]
+            if forward is not None:
+                module.forward = forward
+
+
+def _settings_of_tracing() -> AbstractContextManager[None]:
+    # Lengths are symbols, numbers such as a norm's epsilon are not: torch would hand each of them in as a tensor on
+    # the CPU, and call the C++ compiler for what is computed of them there.
+    # A layer is compiled whole under DDP too: torch would cut it where a bucket of gradients is full, and keep what
+    # goes over the cut (tokens x 24,576 numbers a layer of 8B, under checkpointing too).
+    return torch._dynamo.config.patch(specialize_float=True, recompile_limit=_MOST_VARIANTS, optimize_ddp=False)
 
 
 def _vision_blocks(base: PreTrainedModel) -> Iterable[nn.Module]:

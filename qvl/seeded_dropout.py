@@ -58,13 +58,14 @@ def _mixed(values: torch.Tensor) -> torch.Tensor:
     return values ^ ((values >> 16) & 0xFFFF)
 
 
-def seed_dropout(model: PeftModel) -> None:
+def seed_dropout(model: PeftModel, device: torch.device) -> None:
     """Replaces the adapter's dropout in place; each forward pass of the model draws new seeds, all in one kernel.
 
     They are drawn from the device's generator, so that a seeded run repeats and a resumed one goes on.
 
     Args:
-        model: an adapter on its base, on the device that it trains on.
+        model: an adapter on its base.
+        device: where it will compute; a model that is shared out comes there later.
     """
     places = [
         (parent, name, child)
@@ -72,7 +73,7 @@ def seed_dropout(model: PeftModel) -> None:
         for name, child in parent.named_children()
         if type(child) is nn.Dropout and child.p > 0
     ]
-    seeds = torch.zeros(len(places), 2, dtype=torch.int32, device=model.device)
+    seeds = torch.zeros(len(places), 2, dtype=torch.int32, device=device)
     for seed, (parent, name, dropout) in zip(seeds, places, strict=True):
         parent.add_module(name, SeededDropout(dropout.p, seed).train(dropout.training))
     if places:

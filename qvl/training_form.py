@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 
 from qvl.active_run import Run
 from qvl.collators import CompletionCollator
-from qvl.compiled_layers import can_compile, compiled_layers, scale_by_tensors
+from qvl.compiled_layers import can_compile, compiled_layers, layers_of, scale_by_tensors
 from qvl.fp8 import quantize_frozen_base
 from qvl.seeded_dropout import seed_dropout
 from qvl.segment_attention import use_sdpa, use_segment_attention
 from qvl.settings import Settings
-from qvl.sharding import sharding
+from qvl.sharding import gather_whole, sharding
 from qvl.shared_prefix import SharedPrefixCollator
 
 
@@ -26,11 +26,12 @@ def trains_compiled(settings: Settings) -> bool:
 def wants_compiled(settings: Settings) -> bool:
     """Whether layers are compiled on a device that can.
 
-    Not with an 8-bit base or one that processes share out, of which no compiled run has been measured yet, and not
-    where `--gradient_checkpointing_kwargs` asks for a kind of checkpointing: compiled layers have one of their own.
+    Not with an 8-bit base or a 4-bit one in pieces, of which no compiled run has been measured yet, and not where
+    `--gradient_checkpointing_kwargs` asks for a kind of checkpointing: compiled layers have one of their own.
     """
     training = settings.training
-    wanted = settings.recipe.compile_layers and not settings.model.load_in_8bit and not sharding().in_pieces
+    wanted = settings.recipe.compile_layers and not settings.model.load_in_8bit
+    wanted &= not (settings.model.load_in_4bit and sharding().in_pieces)
     wanted &= not (training.gradient_checkpointing and training.gradient_checkpointing_kwargs)
     return bool(wanted)
 
@@ -58,6 +59,7 @@ def training_form(
         collator: makes the batches.
     """
     forward = base.__dict__.get("forward")
+    gather_whole(layers_of(base))
     has_segments = isinstance(collator, SharedPrefixCollator)
     if has_segments:
         use_segment_attention(base)
@@ -73,7 +75,8 @@ def training_form(
 def _compiled_if_wanted(settings: Settings, base: PreTrainedModel) -> AbstractContextManager[None]:
     if not trains_compiled(settings):
         return nullcontext()
-    return compiled_layers(base, keeps_inputs_only=bool(settings.training.gradient_checkpointing))
+    keeps_inputs_only = bool(settings.training.gradient_checkpointing)
+    return compiled_layers(base, keeps_inputs_only, in_pieces=sharding().in_pieces)
 
 
 def lower_base_precision(run: Run, model: PeftModel) -> None:
@@ -86,8 +89,8 @@ def lower_base_precision(run: Run, model: PeftModel) -> None:
 def ready_for_compiling(run: Run, model: PeftModel) -> None:
     """Gives compiled layers a dropout that they may compute again, and code that serves adapters of all ranks."""
     if trains_compiled(run.settings):
-        seed_dropout(model)
-        scale_by_tensors(model)
+        seed_dropout(model, run.device)
+        scale_by_tensors(model, run.device)
 
 
 def _leave_trainer(base: PreTrainedModel, forward: Any) -> None:

@@ -134,16 +134,34 @@ def test_one_compilation_serves_every_rank_scale_and_dropout(quantized: bool) ->
     use_segment_attention(plain)
     for rank, dropout in ((4, 0.05), (16, 0.1)):
         model = with_adapter(plain, rank, dropout)
-        seed_dropout(model)
+        seed_dropout(model, model.device)
         torch.manual_seed(0)
         wanted = [loss_and_gradients(model, batch) for batch in batches(3)]
-        scale_by_tensors(model)
+        scale_by_tensors(model, model.device)
         torch.manual_seed(0)
         with compiled_layers(plain, keeps_inputs_only=False, backend=BACKEND):
             for batch, expected in zip(batches(3), wanted, strict=True):
                 assert_alike(loss_and_gradients(model, batch), expected)
         assert torch._dynamo.utils.counters["frames"]["total"] == 1
         model.unload()
+
+
+def test_in_pieces_the_hooks_of_a_layer_stay_outside_of_its_compiled_code() -> None:
+    """ZeRO-3 and FSDP2 put weights together in such hooks, and let them go."""
+    model = with_adapter(copy.deepcopy(base(CHAT)))
+    plain = model.get_base_model()
+    use_segment_attention(plain)
+    wanted = [loss_and_gradients(model, batch) for batch in batches(3)]
+    layers, seen = plain.get_decoder().layers, []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda module, inputs: seen.append(torch.compiler.is_compiling()))
+    with compiled_layers(plain, keeps_inputs_only=True, in_pieces=True, backend=BACKEND):
+        for batch, expected in zip(batches(3), wanted, strict=True):
+            assert_alike(loss_and_gradients(model, batch), expected)
+    assert torch._dynamo.utils.counters["frames"]["total"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert seen == [False] * (2 * len(layers))
+    assert not any("forward" in layer.__dict__ for layer in layers)
 
 
 def test_layers_are_compiled_whole_where_several_processes_train(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ def test_neighbours_are_independent() -> None:
 def test_every_pass_in_training_draws_anew_and_a_seeded_one_repeats() -> None:
     config = LoraConfig(r=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model = get_peft_model(copy.deepcopy(base(CHAT)), config).train()
-    seed_dropout(model)
+    seed_dropout(model, model.device)
     assert not any(type(module) is nn.Dropout and module.p > 0 for module in model.modules())
     ids = torch.arange(12)[None]
 
