@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from qvl import unsloth_loader
 from qvl.adapter_origin import read_trained_with
 from qvl.clip_llm import require_same_composition
 from qvl.errors import UserError
@@ -38,8 +39,13 @@ def add_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
     set_seed(settings.training.seed)
     parts = trained_parts(model, settings)
     if settings.recipe.adapter is None:
-        return get_peft_model(model, lora_config(model, settings, parts))
+        config = lora_config(model, settings, parts)
+        if unsloth_loader.is_chosen(settings):
+            return unsloth_loader.place_lora(model, config, settings)
+        return get_peft_model(model, config)
     adapted = load_adapter(model, Path(settings.recipe.adapter), is_trainable=True)
+    if unsloth_loader.is_chosen(settings):
+        unsloth_loader.prepare_loaded_lora(adapted, settings)
     _require_parts_in_adapter(adapted, parts, settings.recipe.adapter)
     return adapted
 

@@ -26,6 +26,7 @@ from qvl import (
     number_checks,
     run_folder,
     training_checks,
+    unsloth_loader,
 )
 from qvl.active_run import Run
 from qvl.answer_distributions import answer_distributions
@@ -86,10 +87,11 @@ def all_checks(run: Run, has_learned: bool = True) -> tuple[list[Check], list[st
         The verdicts, and captions of the free photos by the base model, or by a composition with `--adapter` (none from
         a text-only model, nor from a composition whose projector is still as it was drawn).
     """
-    stage = _CheckStage(run, has_learned)
     try:
-        stage.before_training()
-        stage.after_training(stage.train())
+        with unsloth_loader.uncompiled(run.settings):
+            stage = _CheckStage(run, has_learned)
+            stage.before_training()
+            stage.after_training(stage.train())
         return stage.verdicts, stage.captions
     finally:
         run.base = None

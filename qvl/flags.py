@@ -12,6 +12,7 @@ DEFAULT_STAGES = STAGES[1:]
 TRAINABLE_PARTS = ("merger", "projector", "vision_tower")
 # In their order: `align` trains the projector alone, `instruct` all that is asked for.
 PHASES = ("align", "instruct")
+LOADERS = ("transformers", "unsloth")
 OVERLONG_POLICIES = ("error", "drop", "truncate_text", "truncate_turns")
 _AT_LEAST_ONE = (
     "min_pixels",
@@ -147,6 +148,13 @@ class RecipeArguments:
     )
     vision_tower_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the vision tower; none means learning_rate."}
+    )
+    loader: str = field(
+        default=LOADERS[0],
+        metadata={
+            "help": "What loads the base and places LoRA; unsloth needs environments/unsloth.txt and an NVIDIA GPU.",
+            "choices": list(LOADERS),
+        },
     )
     base_precision: str | None = field(
         default=None,

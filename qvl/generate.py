@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from qvl import unsloth_loader
 from qvl.compiled_layers import can_compile, compiled_generation, plain_layers
 from qvl.encode import ProcessingClass, prompt_text, tokenize, tokenizer_of
 from qvl.errors import UserError
@@ -194,6 +195,8 @@ def generate(
             if base.device.type == "cuda":
                 torch.cuda.empty_cache()
     model.train(was_training)
+    if was_training and unsloth_loader.is_patched(base):
+        unsloth_loader.resume_training(model)
     everywhere = {index: answer for part in gathered(answers) for index, answer in part.items()}
     return [everywhere[index] for index in range(len(examples))]
 
@@ -260,13 +263,13 @@ def _batches(
     most_tokens: int | None,
 ) -> Iterator[tuple[list[int], list[str]]]:
     """Decodes batch by batch; with `most_tokens` by a captured graph, which wants batches of one size."""
-    graphed = GraphedDecoding(most_tokens) if most_tokens else None
+    base = without_adapter(model)
+    graphed = GraphedDecoding(most_tokens) if most_tokens and not unsloth_loader.is_patched(base) else None
     batches = [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
     if graphed:
         # The last batch is filled up with its last prompt; the same answer comes again.
         batches[-1] += [batches[-1][-1]] * (batch_size - len(batches[-1]))
     config = decoding.config(processing_class, model)
-    base = without_adapter(model)
     compiles = decoding.compile_layers and graphed is not None and can_compile(base.device)
     # Models that number tokens in one dimension do it faster than it takes to send the numbers.
     positions = positions_of(base.config) if hasattr(base.base_model, "get_rope_index") else None

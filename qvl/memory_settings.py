@@ -23,11 +23,10 @@ from qvl.memory_needs import LongestRows, Needs
 from qvl.memory_weights import Packing, count_trained, largest_packed_layer, weight_parts
 from qvl.models import own_quantization, skeleton
 from qvl.settings import Settings
-from qvl.shared_prefix import segment_refusal
 from qvl.survey import RowLength, num_visual_tokens, prompt_lengths, training_lengths
 from qvl.trained_parts import trained_parts
 from qvl.training_form import trains_compiled, wants_compiled
-from qvl.training_rows import LENGTH_MULTIPLE_TOKENS, joined_lengths
+from qvl.training_rows import LENGTH_MULTIPLE_TOKENS, joined_lengths, row_sharing_refusal
 
 # Of each side: few enough to take a second.
 _MOST_ROWS_LOOKED_AT = 2000
@@ -110,7 +109,7 @@ def longest_rows(
         trained, evaluated = images_as_words(trained, {}), images_as_words(evaluated, {})
     separate = separate_completions(trained)
     lengths = [_capped(row, training.max_length) for row in training_lengths(separate, processing_class)]
-    refusal = segment_refusal(config, settings.model.attn_implementation)
+    refusal = row_sharing_refusal(settings, config)
     if refusal is None and recipe.shared_prefix:
         lengths = joined_lengths(joined_completions(separate, recipe.captions_per_step), lengths)
     if refusal is None and training.packing and training.max_length is not None:
@@ -186,7 +185,7 @@ def _mode(settings: Settings, is_elsewhere: bool) -> Mode:
 
 def _has_mask(settings: Settings, config: PretrainedConfig, for_gpu: bool) -> bool:
     """Whether attention gets a dense mask: always where rows know segments, else where rows are padded."""
-    if segment_refusal(config, settings.model.attn_implementation) is None:
+    if row_sharing_refusal(settings, config) is None:
         return not (for_gpu and (settings.training.padding_free or settings.training.packing))
     return settings.training.per_device_train_batch_size > 1
 

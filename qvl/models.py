@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from qvl import clip_llm
+from qvl import clip_llm, unsloth_loader
 from qvl.deepstack import add_deepstack_without_waiting
 from qvl.encode import ProcessingClass, tokenizer_of
 from qvl.errors import UserError
@@ -114,6 +114,10 @@ def load_base(settings: Settings, device: torch.device, to_share_out: bool = Fal
             unless it is quantized, which a GPU does.
     """
     model = _load_named_model(settings, device, to_share_out)
+    if unsloth_loader.is_chosen(settings):
+        # It has put its own code where `make_ready` would put qvl's.
+        model.config.use_cache = True
+        return model
     if clip_llm.is_composed(settings):
         tower = clip_llm.load_tower(settings, model.device, model.dtype)
         model = clip_llm.compose(skeleton(load_config(settings)), model, tower, settings.training.seed)
@@ -146,6 +150,13 @@ def _load_named_model(settings: Settings, device: torch.device, to_share_out: bo
     kwargs["attn_implementation"] = settings.model.attn_implementation
     if device.type != "cpu" and not (to_share_out and quantized is None):
         kwargs.setdefault("device_map", {"": device})
+    if unsloth_loader.is_chosen(settings):
+        if getattr(config, "is_composed", False):
+            raise UserError(f"--loader unsloth does not know the projector of {name}: leave it out.")
+        with hub_errors_explained(name):
+            return unsloth_loader.load_model(
+                model_source(name), settings, _torch_dtype_of(settings, config), quantized, **kwargs
+            )
     if quantized is not None:
         # Not as None: that would take away the configuration of a checkpoint that comes quantized.
         kwargs["quantization_config"] = quantized
@@ -208,6 +219,12 @@ def _auto_class(config: PretrainedConfig) -> Any:
 def _torch_dtype(settings: Settings) -> Any:
     name = settings.model.dtype
     return name if name in (None, "auto") else getattr(torch, name)
+
+
+def _torch_dtype_of(settings: Settings, config: PretrainedConfig) -> torch.dtype:
+    """The run's dtype, where "auto" is the checkpoint's own."""
+    chosen = _torch_dtype(settings)
+    return chosen if isinstance(chosen, torch.dtype) else config.dtype or torch.float32
 
 
 def quantization(settings: Settings, config: PretrainedConfig) -> BitsAndBytesConfig | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qvl import processes
+from qvl import processes, unsloth_import
 from qvl.errors import FailedCheckError, Terminated, UserError
 from qvl.text_scores import TextScore
 
@@ -141,10 +141,12 @@ def run(
     quieten_and_tame_libraries()
     processes.keep_others_quiet()
     print(f"{recipe.name}: loading torch, transformers and trl ...", flush=True)
+    processes.take_first_gpu()
+    unsloth_import.import_if_asked(recipe.defaults, argv, overrides or {})
     from qvl import run_folder
 
-    processes.take_first_gpu()
     settings, folder = _resolve(recipe, overrides or {}, argv)
+    unsloth_import.require_usable(settings, is_base_kept=kept is not None)
     if settings.recipe.dry_run:
         from qvl.dry_run import dry_run
 

@@ -207,7 +207,7 @@ def _require_sane_values(model: ModelConfig, training: SFTConfig) -> None:
 
 
 def _make_parser(prog: str | None) -> _Parser:
-    parser = _Parser([RecipeArguments, ModelConfig, SFTConfig], allow_abbrev=False, prog=prog)
+    parser = _Parser([RecipeArguments, ModelConfig, _upstream(SFTConfig)], allow_abbrev=False, prog=prog)
     for action in parser._actions:
         # Upstream's optional booleans want a value (`--bf16 true`); the others take `--flag` alone. All do here.
         if getattr(action.type, "__name__", "") == "string_to_bool":
@@ -215,6 +215,11 @@ def _make_parser(prog: str | None) -> _Parser:
         if action.dest in _OBJECT_KEYS:
             action.type = str
     return parser
+
+
+def _upstream(config: type[SFTConfig]) -> type[SFTConfig]:
+    """TRL's own class, where Unsloth has put a subclass in its place, whose further fields are no flags of qvl."""
+    return next(kind for kind in config.__mro__ if "_unsloth_patched_rl_config" not in vars(kind))
 
 
 def _typed_flags(arguments: list[str], prog: str | None) -> dict[str, Any]:

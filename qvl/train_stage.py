@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
-from qvl import adapters, checks, run_folder
+from qvl import adapters, checks, run_folder, unsloth_loader
 from qvl.active_run import Run
 from qvl.adapter_checks import check_lora_placement
 from qvl.adapter_origin import TRAINED_WITH, origin
@@ -156,7 +156,8 @@ def _distributions_of_first(run: Run, model: PreTrainedModel | PeftModel, rows: 
     row = separate_completions(rows.select([0]))[0]
     truncate = run.settings.recipe.overlong == "truncate_text"
     collator = CompletionCollator(run.processing_class, run.settings.training.max_length, truncate)
-    return answer_distributions(model, [row], collator)
+    with unsloth_loader.uncompiled(run.settings):
+        return answer_distributions(model, [row], collator)
 
 
 def save_adapter(run: Run, model: PeftModel, weights: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -186,6 +187,7 @@ def save_adapter(run: Run, model: PeftModel, weights: Mapping[str, torch.Tensor]
             "load_in_4bit": options.load_in_4bit,
             "load_in_8bit": options.load_in_8bit,
             "base_precision": run.settings.recipe.base_precision,
+            "loader": run.settings.recipe.loader,
             "bnb_4bit_quant_type": options.bnb_4bit_quant_type,
             "use_bnb_nested_quant": options.use_bnb_nested_quant,
             "attn_implementation": options.attn_implementation,

@@ -156,7 +156,8 @@ class CompletionTrainer(SFTTrainer):
             seconds = time.perf_counter() - self._interval_start
             num_tokens = float(self._total_train_tokens)
             logs["samples_per_second"] = self._interval_samples * self.accelerator.num_processes / seconds
-            logs["tokens_per_second"] = (num_tokens - self._interval_first_token) / seconds
+            if num_tokens:  # Unsloth's trainer counts none.
+                logs["tokens_per_second"] = (num_tokens - self._interval_first_token) / seconds
             logs["data_wait_share"] = self._interval_wait_seconds / seconds
             logs["peak_gib"] = peak_gib()
             num_compiled = num_compiled_frames()

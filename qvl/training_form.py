@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from qvl import unsloth_loader
 from qvl.active_run import Run
 from qvl.collators import CompletionCollator
 from qvl.compiled_layers import can_compile, compiled_layers, layers_of, scale_by_tensors
@@ -26,18 +27,22 @@ def trains_compiled(settings: Settings) -> bool:
 def wants_compiled(settings: Settings) -> bool:
     """Whether layers are compiled on a device that can.
 
-    Not with an 8-bit base or a 4-bit one in pieces, of which no compiled run has been measured yet, and not where
-    `--gradient_checkpointing_kwargs` asks for a kind of checkpointing: compiled layers have one of their own.
+    Not with an 8-bit base or a 4-bit one in pieces, of which no compiled run has been measured yet, not with
+    `--loader unsloth`, which compiles layers itself, and not where `--gradient_checkpointing_kwargs` asks for a kind of
+    checkpointing: compiled layers have one of their own.
     """
     training = settings.training
     wanted = settings.recipe.compile_layers and not settings.model.load_in_8bit
     wanted &= not (settings.model.load_in_4bit and sharding().in_pieces)
+    wanted &= not unsloth_loader.is_chosen(settings)
     wanted &= not (training.gradient_checkpointing and training.gradient_checkpointing_kwargs)
     return bool(wanted)
 
 
-def checkpointing_arguments(settings: Settings) -> dict[str, bool]:
-    """What the trainer is told of activation checkpointing: nothing, where compiled layers see to it."""
+def checkpointing_arguments(settings: Settings) -> dict[str, Any]:
+    """What the trainer is told of activation checkpointing: that there is none, where compiled layers see to it."""
+    if unsloth_loader.is_chosen(settings):
+        return unsloth_loader.checkpointing_arguments()
     if not trains_compiled(settings):
         return {}
     # The name that transformers has had since 5.23, and the older one.

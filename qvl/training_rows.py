@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from datasets import Dataset
+from transformers import PretrainedConfig
 
+from qvl import unsloth_loader
 from qvl.active_run import Run
 from qvl.collators import CompletionCollator
 from qvl.data import separate_completions
@@ -15,6 +17,7 @@ from qvl.models import load_config
 from qvl.packing import packed_rows
 from qvl.positions import positions_of
 from qvl.processes import is_main, num_processes
+from qvl.settings import Settings
 from qvl.shared_prefix import SharedPrefixCollator, segment_refusal
 from qvl.survey import RowLength, describe_lengths, fit_rows, training_lengths
 from qvl.token_lengths import summarize_lengths
@@ -110,13 +113,25 @@ def packed_if_wanted(run: Run, rows: Dataset, collator: CompletionCollator | Sha
     return packed
 
 
+def row_sharing_refusal(settings: Settings, config: PretrainedConfig) -> str | None:
+    """Why samples cannot share a row in training; None where they can.
+
+    Args:
+        settings: of the run.
+        config: of its model.
+    """
+    if unsloth_loader.is_chosen(settings):
+        return unsloth_loader.NO_SEGMENTS
+    return segment_refusal(config, settings.model.attn_implementation)
+
+
 def _knows_segments(run: Run, would_share: bool) -> bool:
     """Whether the model can train on samples that share a row; says why not where that costs something.
 
     Raises:
         UserError: it cannot, and `--padding_free` asks for it.
     """
-    refusal = segment_refusal(load_config(run.settings), run.settings.model.attn_implementation)
+    refusal = row_sharing_refusal(run.settings, load_config(run.settings))
     if refusal is None:
         return True
     if run.settings.training.padding_free:
