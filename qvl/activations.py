@@ -99,10 +99,13 @@ class Format:
     Attributes:
         compute_bytes: of a number in a matrix product.
         has_autocast: whether PEFT's fp32 adapters compute in the same format.
+        casts_inputs: whether PEFT casts what a layer reads to the adapter's fp32. Its layers over 4-bit ones leave
+            that to autocast.
     """
 
     compute_bytes: int
     has_autocast: bool
+    casts_inputs: bool = True
 
 
 def decoder_shape(empty: PreTrainedModel, lora: LoraConfig) -> DecoderShape | None:
@@ -181,23 +184,35 @@ def kept_bytes(shape: DecoderShape, form: Format, mode: Mode, mask_tokens: int) 
     return shape.num_layers * one
 
 
-def passing_bytes(shape: DecoderShape, form: Format, mode: Mode, mask_tokens: int) -> int:
-    """What one token needs on top of `kept_bytes` at the worst moment, in the last layer's MLP.
+def passing_bytes(
+    shape: DecoderShape, form: Format, mode: Mode, num_tokens: int, mask_tokens: int, unpacked_bytes: int
+) -> int:
+    """What a batch needs on top of `kept_bytes` at the worst moment, in the last layer's MLP.
 
     With checkpointing that layer's own saved tensors come to it, and the gradients of its input and output.
+
+    Args:
+        shape: of the layer.
+        form: how it computes.
+        mode: what layers keep.
+        num_tokens: of the batch.
+        mask_tokens: as `saved_bytes` takes it.
+        unpacked_bytes: of the largest layer's weight, unpacked for its product; 0 for a base that is not packed so.
     """
-    c, hidden, intermediate = form.compute_bytes, shape.hidden, shape.intermediate
+    c, intermediate = form.compute_bytes, shape.intermediate
     if mode == "compiled":
         # Gradients of gate and up, from that of their product; two of the three take the place of what was kept.
-        return c * intermediate
+        return num_tokens * c * intermediate + unpacked_bytes
     if mode == "compiled checkpointed":
         # What a compiled layer would have kept, the inputs of LoRA's matrices, and those gradients.
-        return _compiled_bytes(shape, form) + c * (_adapted_inputs(shape) + 3 * intermediate)
-    cast = _FP32 * intermediate if "down_proj" in shape.adapted and c < _FP32 else 0
-    dropped = _FP32 * intermediate if cast and shape.dropout else 0
-    # Residual, norm and the base's output; then LoRA's output and the same scaled.
-    passing = c * intermediate + max(cast + dropped + 3 * c * hidden, cast + 5 * c * hidden)
-    return passing if mode == "kept" else passing + saved_bytes(shape, form, mask_tokens) + 2 * c * hidden
+        one = _compiled_bytes(shape, form) + c * (_adapted_inputs(shape) + 3 * intermediate)
+        return num_tokens * one + unpacked_bytes
+    saved = num_tokens * saved_bytes(shape, form, mask_tokens) if mode == "checkpointed" else 0
+    least = num_tokens * max(_adapting_bytes(shape, form, mode), _activating_bytes(shape, form, mode))
+    if form.casts_inputs:
+        return saved + least + unpacked_bytes
+    # The unpacked weight is gone when LoRA's matrices have their turn.
+    return saved + max(least, num_tokens * _multiplying_bytes(shape, form, mode) + unpacked_bytes)
 
 
 def loss_bytes(shape: DecoderShape, form: Format, num_tokens: int, num_targets: int) -> int:
@@ -254,6 +269,45 @@ def trained_tower_bytes(tower: TowerShape, form: Format, mode: Mode) -> int:
     return tower.num_blocks * block
 
 
+def _adapting_bytes(shape: DecoderShape, form: Format, mode: Mode) -> int:
+    """What one token needs while LoRA's matrices of the last projection work, in the forward pass."""
+    c, is_adapted = form.compute_bytes, "down_proj" in shape.adapted
+    cast = _FP32 * shape.intermediate if is_adapted and c < _FP32 and form.casts_inputs else 0
+    dropped = _FP32 * shape.intermediate if cast and shape.dropout else 0
+    # The projection's input, where it is not what LoRA has saved.
+    read = 0 if is_adapted and not cast and not shape.dropout else c * shape.intermediate
+    if mode == "checkpointed":
+        # Computing again ends with the last saved tensor. Residual, norm, the base's output, and the two gradients.
+        return read + cast + dropped + 5 * c * shape.hidden
+    # Residual, norm and the base's output; then LoRA's output and the same scaled.
+    return read + cast + max(dropped + 3 * c * shape.hidden, 5 * c * shape.hidden)
+
+
+def _multiplying_bytes(shape: DecoderShape, form: Format, mode: Mode) -> int:
+    """What one token needs beside an unpacked weight, in the last projection's products without casts.
+
+    In the forward pass LoRA has not saved anything of the projection yet. In the backward pass it is done, and the
+    gradient that comes through it waits for the base's.
+    """
+    c, is_adapted = form.compute_bytes, "down_proj" in shape.adapted
+    again = 2 if mode == "checkpointed" else 0
+    wide = c * shape.intermediate
+    mask = shape.intermediate if is_adapted and shape.dropout else 0
+    forward = (0 if is_adapted else wide) + (3 + again) * c * shape.hidden
+    backward = wide + (1 if again else 2) * c * shape.hidden
+    return max(forward, backward) - mask
+
+
+def _activating_bytes(shape: DecoderShape, form: Format, mode: Mode) -> int:
+    """What one token needs in the backward pass of the activation: gradients of its product, of gate and of up.
+
+    The last projection is done by then, and what LoRA has saved of it is gone.
+    """
+    c, is_adapted = form.compute_bytes, "down_proj" in shape.adapted
+    done = (c + (1 if shape.dropout else 0)) * shape.intermediate if is_adapted else 0
+    return 3 * c * shape.intermediate + (1 if mode == "checkpointed" else 2) * c * shape.hidden - done
+
+
 def _norm_bytes(shape: DecoderShape) -> int:
     """RMSNorm computes in fp32 and saves its input so, and the reciprocal root of each mean."""
     heads = shape.query + shape.key_value + shape.num_heads + shape.num_key_value_heads
@@ -262,15 +316,15 @@ def _norm_bytes(shape: DecoderShape) -> int:
 
 def _lora_bytes(shape: DecoderShape, form: Format) -> int:
     """LoRA saves the input of each of its matrices, and a mask of a byte for what dropout leaves."""
-    # PEFT casts a layer's input to the adapter's fp32, autocast casts it back: a copy for each projection.
+    # Where PEFT casts a layer's input to the adapter's fp32, autocast casts it back: a copy for each projection.
     width = form.compute_bytes if form.has_autocast else _FP32
     total = sum(width * shape.rank for _ in shape.adapted)
     sizes = {name: getattr(shape, _INPUTS[name]) for name in shape.adapted}
     if shape.dropout:
         return total + sum((width + 1) * size for size in sizes.values())
-    if form.has_autocast or form.compute_bytes != _FP32:
+    if form.casts_inputs and (form.has_autocast or form.compute_bytes != _FP32):
         return total + sum(width * size for size in sizes.values())
-    # All in fp32: the tensors themselves, which attention has saved already in the case of `o_proj`.
+    # No casts: the tensors themselves, which attention has saved already in the case of `o_proj`.
     shared = sum(width * shape.hidden for group in _SHARED_INPUTS if shape.adapted.intersection(group))
     return total + shared + (width * shape.intermediate if "down_proj" in shape.adapted else 0)
 

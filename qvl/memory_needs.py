@@ -102,6 +102,12 @@ class Needs:
         """Of the base as the run packs it."""
         return sum(part.num_bytes for part in self.weights[self.packing])
 
+    @property
+    def layer_format(self) -> Format:
+        """In which the decoder's layers train as the run packs them."""
+        casts = not (self.training_format.has_autocast and self.packing in ("4-bit", "nested 4-bit"))
+        return replace(self.training_format, casts_inputs=casts)
+
     def with_batch_size(self, batch_size: int) -> "Needs":
         """The same with another training batch."""
         return replace(self, batch_size=batch_size)
@@ -109,13 +115,13 @@ class Needs:
 
 def training_parts(needs: Needs) -> dict[str, int]:
     """The most that the training holds, by what holds it, in bytes; the values add up to the peak."""
-    trained, form, shape, rows = needs.trained, needs.training_format, needs.shape, needs.rows
+    trained, form, shape, rows = needs.trained, needs.layer_format, needs.shape, needs.rows
     num_tokens = needs.batch_size * rows.train
     mask = rows.train if needs.has_mask else 0
     kept = num_tokens * activations.kept_bytes(shape, form, needs.mode, mask) + _kept_of_tower(needs)
-    passing = num_tokens * activations.passing_bytes(shape, form, needs.mode, mask)
-    if needs.packing in ("4-bit", "nested 4-bit", "8-bit"):
-        passing += needs.largest_layer * form.compute_bytes
+    is_unpacked = needs.packing in ("4-bit", "nested 4-bit", "8-bit")
+    unpacked = needs.largest_layer * form.compute_bytes if is_unpacked else 0
+    passing = activations.passing_bytes(shape, form, needs.mode, num_tokens, mask, unpacked)
     loss = activations.loss_bytes(shape, form, num_tokens, needs.batch_size * rows.train_targets)
     features = needs.batch_size * rows.train_visual * _feature_bytes(needs, form.compute_bytes)
     # The tower runs before there is anything to keep.

@@ -1,11 +1,13 @@
 """Counts what real layers allocate and save, on fake tensors: shapes of full size, no memory, no GPU."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+from unittest.mock import patch
 
+import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -13,11 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from qvl.models import skeleton
 
 _aten = torch.ops.aten
+_bitsandbytes = torch.ops.bitsandbytes
 
 
 class LiveBytes(TorchDispatchMode):
@@ -82,13 +85,15 @@ def count_step(
     has_mask: bool,
     with_backward: bool = False,
     checkpointing: bool = False,
+    in_4bit: bool = False,
 ) -> Counted:
     """Runs the decoder layers of a configuration with LoRA on them as they train on CUDA, on fake tensors.
 
     The device is the CPU by name, since the backward of fake CUDA tensors needs a driver; dropout and attention are the
     operators that CUDA's are, and save what they save there.
     """
-    model = get_peft_model(skeleton(config), lora).train()
+    empty = _in_4bit(skeleton(config), dtype) if in_4bit else skeleton(config)
+    model = get_peft_model(empty, lora).train()
     base = model.get_base_model()
     if checkpointing:
         enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
@@ -116,9 +121,30 @@ def count_step(
         return Counted(num_saved, alive.peak)
 
 
+def _in_4bit(empty: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The same with bitsandbytes' layers in the place of the decoder's linear ones."""
+    decoder: Any = empty.get_decoder()
+    for name, layer in [(name, layer) for name, layer in decoder.named_modules() if isinstance(layer, nn.Linear)]:
+        packed = bnb.nn.Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            compute_dtype=dtype,
+            quant_type="nf4",
+            device="meta",
+        )
+        decoder.set_submodule(name, packed)
+    # By this PEFT chooses its own layers for them.
+    cast(Any, empty).is_loaded_in_4bit = True
+    return empty
+
+
 def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
     """Fake tensors in the place of those on the meta device; what is trained is fp32."""
     for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            _pack_fake(module, dtype)
+            continue
         for name, parameter in list(module.named_parameters(recurse=False)):
             kind = torch.float32 if parameter.requires_grad else dtype
             made = nn.Parameter(torch.empty(parameter.shape, dtype=kind), requires_grad=parameter.requires_grad)
@@ -127,20 +153,51 @@ def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
+def _pack_fake(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> None:
+    size = layer.in_features * layer.out_features
+    weight: Any = nn.Parameter(torch.empty(size // 2, 1, dtype=torch.uint8), requires_grad=False)
+    scales = torch.empty(size // 64)
+    weight.quant_state = bnb.functional.QuantState(
+        scales, (layer.out_features, layer.in_features), torch.empty(16), 64, "nf4", dtype
+    )
+    layer.weight = weight
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(torch.empty(layer.out_features, dtype=dtype), requires_grad=False)
+
+
 @contextmanager
 def _fake_cuda_operators() -> Iterator[None]:
-    """Fake tensors, with the dropout and attention operators of CUDA in the place of the CPU's."""
-    dropout, attention = functional.dropout, functional.scaled_dot_product_attention
-    functional.dropout, functional.scaled_dot_product_attention = _dropout, _attention
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
-    finally:
-        functional.dropout, functional.scaled_dot_product_attention = dropout, attention
+    """Fake tensors, with the operators of CUDA in the place of the CPU's: dropout, attention, the 4-bit product.
+
+    PEFT's 4-bit layers ask about autocast without naming a device, which is about CUDA's.
+    """
+    is_autocast_enabled = torch.is_autocast_enabled
+    with (
+        patch.object(functional, "dropout", _dropout),
+        patch.object(functional, "scaled_dot_product_attention", _attention),
+        patch.object(_bitsandbytes.gemm_4bit, "default", _product_4bit),
+        patch.object(torch, "is_autocast_enabled", lambda device="cpu": is_autocast_enabled(device)),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        yield
 
 
 def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     return torch.native_dropout(x, p, True)[0] if training and p else x
+
+
+def _product_4bit(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    shape: Sequence[int],
+    scales: torch.Tensor,
+    blocksize: int,
+    kind: str,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As on GPUs from some dozens of tokens on: the weight is unpacked whole for an ordinary product."""
+    weight = _bitsandbytes.dequantize_4bit.default(packed, scales, blocksize, kind, shape, x.dtype)
+    return functional.linear(x, weight, bias)
 
 
 def _attention(

@@ -24,7 +24,7 @@ from qvl.frozen_vision import ask_no_gradient_of_vision
 from qvl.memory import GIB, Card, MemoryPlan, memory_for_run, plan_memory
 from qvl.memory_needs import LongestRows, Needs, answering_parts, held_out_parts, training_parts
 from qvl.memory_settings import find_needs, longest_rows
-from qvl.memory_weights import TrainedCounts, count_trained, weight_parts
+from qvl.memory_weights import TrainedCounts, count_trained, largest_packed_layer, weight_parts
 from qvl.models import load_config, skeleton
 from qvl.positions import positions_of
 from qvl.recipe import run
@@ -58,24 +58,29 @@ def plan_of(name: str, gib: float, *argv: str, rows: LongestRows = PHOTO) -> Mem
 
 # Shapes of full size, a row of each family that recipes use.
 LAYERS = [
-    ("Qwen3-VL-8B", 0.05, True, torch.bfloat16),
-    ("Qwen3-VL-8B", 0.0, False, torch.bfloat16),
-    ("Qwen3-VL-8B", 0.0, True, torch.float32),
-    ("Qwen2.5-VL-7B", 0.05, True, torch.bfloat16),
-    ("Qwen2.5-VL-7B", 0.05, False, torch.float32),
-    ("Qwen3-4B", 0.05, False, torch.bfloat16),
-    ("CLIP + Qwen3-14B", 0.0, True, torch.bfloat16),
+    ("Qwen3-VL-8B", 0.05, True, torch.bfloat16, False),
+    ("Qwen3-VL-8B", 0.0, False, torch.bfloat16, False),
+    ("Qwen3-VL-8B", 0.0, True, torch.float32, False),
+    ("Qwen3-VL-8B", 0.05, True, torch.bfloat16, True),
+    ("Qwen2.5-VL-7B", 0.05, True, torch.bfloat16, False),
+    ("Qwen2.5-VL-7B", 0.05, False, torch.float32, False),
+    ("Qwen2.5-VL-7B", 0.0, True, torch.bfloat16, True),
+    ("Qwen3-4B", 0.05, False, torch.bfloat16, False),
+    ("Qwen3-4B", 0.0, False, torch.bfloat16, True),
+    ("CLIP + Qwen3-14B", 0.0, True, torch.bfloat16, False),
 ]
 
 
-@pytest.mark.parametrize(("name", "dropout", "has_mask", "dtype"), LAYERS)
-def test_a_layer_saves_what_the_formula_says(name: str, dropout: float, has_mask: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("name", "dropout", "has_mask", "dtype", "in_4bit"), LAYERS)
+def test_a_layer_saves_what_the_formula_says(
+    name: str, dropout: float, has_mask: bool, dtype: torch.dtype, in_4bit: bool
+) -> None:
     config = shape(name, num_layers=1, vocabulary=1000)
     lora = lora_config(skeleton(config), settings_of_recipe("--lora_dropout", str(dropout)))
     sizes = decoder_shape(skeleton(config), lora)
     assert sizes is not None
-    counted = count_step(config, lora, dtype, 4, 512, has_mask)
-    form = Format(dtype.itemsize, has_autocast=dtype == torch.bfloat16)
+    counted = count_step(config, lora, dtype, 4, 512, has_mask, in_4bit=in_4bit)
+    form = Format(dtype.itemsize, has_autocast=dtype == torch.bfloat16, casts_inputs=not in_4bit)
     assert 4 * 512 * saved_bytes(sizes, form, 512 if has_mask else 0) == pytest.approx(counted.saved, rel=0.02)
 
 
@@ -89,20 +94,51 @@ def test_layers_with_fewer_adapters_save_less(targets: list[str]) -> None:
     assert 4 * 512 * saved_bytes(sizes, Format(2, has_autocast=True), 512) == pytest.approx(counted.saved, rel=0.02)
 
 
-@pytest.mark.parametrize(("name", "mode"), [("Qwen3-VL-8B", "kept"), ("Qwen2.5-VL-7B", "checkpointed")])
-def test_a_step_through_several_layers_peaks_where_the_formula_says(name: str, mode: Mode) -> None:
+# With few tokens the weight that 4-bit layers unpack is what makes the peak, with many it is LoRA's own tensors, and
+# without LoRA on the last projection the gradients of the activation.
+ATTENTION_ALONE = "--lora_target_modules q_proj v_proj"
+STEPS: list[tuple[str, Mode, str, bool, int]] = [
+    ("Qwen3-VL-8B", "kept", "", False, 4),
+    ("Qwen2.5-VL-7B", "checkpointed", "", False, 4),
+    ("Qwen3-VL-8B", "checkpointed", "--lora_dropout 0", False, 4),
+    ("Qwen3-4B", "checkpointed", ATTENTION_ALONE, False, 4),
+    ("Qwen3-VL-8B", "kept", "", True, 1),
+    ("Qwen3-VL-8B", "checkpointed", "", True, 1),
+    ("Qwen3-VL-2B", "kept", "", True, 8),
+    ("Qwen3-VL-2B", "checkpointed", "", True, 8),
+    ("Qwen2.5-VL-7B", "kept", "--lora_dropout 0", True, 4),
+    ("Qwen3-4B", "checkpointed", "--lora_dropout 0", True, 4),
+    ("Qwen3-4B", "kept", ATTENTION_ALONE, True, 8),
+]
+
+
+@pytest.mark.parametrize(("name", "mode", "flags", "in_4bit", "num_rows"), STEPS)
+def test_a_step_through_several_layers_peaks_where_the_formula_says(
+    name: str, mode: Mode, flags: str, in_4bit: bool, num_rows: int
+) -> None:
     config = shape(name, num_layers=2, vocabulary=1000)
-    lora = lora_config(skeleton(config), settings_of_recipe())
-    sizes = decoder_shape(skeleton(config), lora)
+    empty = skeleton(config)
+    lora = lora_config(empty, settings_of_recipe(*flags.split()))
+    sizes = decoder_shape(empty, lora)
     assert sizes is not None
     counted = count_step(
-        config, lora, torch.bfloat16, 4, 512, has_mask=True, with_backward=True, checkpointing=mode == "checkpointed"
+        config,
+        lora,
+        torch.bfloat16,
+        num_rows,
+        512,
+        has_mask=True,
+        with_backward=True,
+        checkpointing=mode == "checkpointed",
+        in_4bit=in_4bit,
     )
-    form = Format(2, has_autocast=True)
-    adapter = count_trained(skeleton(config), lora)
+    form = Format(2, has_autocast=True, casts_inputs=not in_4bit)
+    unpacked = largest_packed_layer(empty) * 2 if in_4bit else 0
     # Copies of the adapter in 16 bits, and its gradients as they come.
-    beside = adapter.num_trained * 2
-    predicted = 4 * 512 * (kept_bytes(sizes, form, mode, 512) + passing_bytes(sizes, form, mode, 512)) + beside
+    beside = count_trained(empty, lora).num_trained * 2
+    num_tokens = num_rows * 512
+    passing = passing_bytes(sizes, form, mode, num_tokens, 512, unpacked)
+    predicted = num_tokens * kept_bytes(sizes, form, mode, 512) + passing + beside
     assert predicted == pytest.approx(counted.peak, rel=0.03)
 
 
