@@ -81,7 +81,7 @@ def _compiled_if_wanted(settings: Settings, base: PreTrainedModel) -> AbstractCo
     if not trains_compiled(settings):
         return nullcontext()
     keeps_inputs_only = bool(settings.training.gradient_checkpointing)
-    return compiled_layers(base, keeps_inputs_only, in_pieces=sharding().in_pieces)
+    return compiled_layers(base, keeps_inputs_only=keeps_inputs_only, in_pieces=sharding().in_pieces)
 
 
 def lower_base_precision(run: Run, model: PeftModel) -> None:

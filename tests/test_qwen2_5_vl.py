@@ -201,7 +201,7 @@ def test_the_check_trains_with_the_dropout_that_compiled_layers_can_compute_agai
         raise FarEnoughError
 
     monkeypatch.setattr(training_form, "trains_compiled", lambda settings: True)
-    monkeypatch.setattr(training_form, "compiled_layers", lambda base, keeps_inputs_only: nullcontext())
+    monkeypatch.setattr(training_form, "compiled_layers", lambda base, **kwargs: nullcontext())
     monkeypatch.setattr(check_stage, "build_trainer", built)
     flags = {"smoke": True, "stages": ["check"], "lora_dropout": 0.05, "output_dir": str(tmp_path / "run")}
     with pytest.raises(FarEnoughError):
