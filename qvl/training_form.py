@@ -64,7 +64,8 @@ def training_form(
         collator: makes the batches.
     """
     forward = base.__dict__.get("forward")
-    gather_whole(layers_of(base))
+    if sharding().in_pieces:
+        gather_whole(layers_of(base))
     has_segments = isinstance(collator, SharedPrefixCollator)
     if has_segments:
         use_segment_attention(base)
