@@ -157,7 +157,8 @@ def test_a_command_ends_at_its_limit_with_all_of_its_processes(monkeypatch: pyte
         "print(child.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
-    record = limited.run_limited([sys.executable, "-c", code], tmp_path / "log.txt", seconds=1.0)
+    # Time enough for a busy machine to start both.
+    record = limited.run_limited([sys.executable, "-c", code], tmp_path / "log.txt", seconds=8.0)
     assert record["status"] == "stopped"
     (line,) = record["tail"]
     assert not psutil.pid_exists(int(line)) or psutil.Process(int(line)).status() == psutil.STATUS_ZOMBIE
