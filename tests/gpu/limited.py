@@ -15,6 +15,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 _TAIL_LINES = 30
+_MOST_SECONDS_TO_DIE = 20
 
 
 def run_limited(
@@ -69,6 +70,8 @@ def _kill_family(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     process.wait()
+    # Killed is not gone yet: the next command wants their memory.
+    psutil.wait_procs(family, timeout=_MOST_SECONDS_TO_DIE)
 
 
 def _tail(log: Path, begin: int) -> list[str]:
