@@ -39,7 +39,14 @@ from qvl.data import prompt_messages
 from qvl.free_photos import caption_photos, photo_paths
 from qvl.generate import Decoding
 from qvl.held_out import held_out_losses
-from qvl.models import comes_quantized, load_base, load_config, own_quantization, skeleton
+from qvl.models import (
+    comes_quantized,
+    load_base,
+    load_config,
+    own_quantization,
+    skeleton,
+    switch_checkpointing_off,
+)
 from qvl.train_stage import lora_placement, trainer_arguments
 from qvl.trained_parts import round_to_base, take_off, trained_parts
 from qvl.trainer import build_trainer, train
@@ -276,12 +283,12 @@ class _CheckStage:
 @contextmanager
 def _checkpointing(base: PreTrainedModel) -> Iterator[None]:
     """Activation checkpointing as transformers does it; what does not fit without it in training fits here too."""
-    # The names that transformers has had since 5.23, else the older ones.
+    # The name that transformers has had since 5.23, else the older one.
     getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
     try:
         yield
     finally:
-        getattr(base, "activation_checkpointing_disable", base.gradient_checkpointing_disable)()
+        switch_checkpointing_off(base)
 
 
 def _full_bytes(run: Run) -> int:

@@ -136,8 +136,8 @@ def make_ready(model: PreTrainedModel) -> None:
     add_deepstack_without_waiting(model)
     keep_quantized_weights_as_they_are(model)
     # A layer gets its own switch for checkpointing when a training turns it off at its end: with one from the start,
-    # what was compiled before serves after it too. The name that transformers has had since 5.23, or the older one.
-    getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+    # what was compiled before serves after it too.
+    switch_checkpointing_off(model)
 
 
 def _load_named_model(settings: Settings, device: torch.device, to_share_out: bool) -> PreTrainedModel:
@@ -191,6 +191,12 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         model = _auto_class(config).from_config(config)
     return clip_llm.with_image_projector(model) if getattr(config, "is_composed", False) else model
+
+
+def switch_checkpointing_off(model: PreTrainedModel) -> None:
+    """No activation checkpointing from now on."""
+    # The name that transformers has had since 5.23, else the older one.
+    getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
 
 
 def language_model_path(model: nn.Module) -> str:

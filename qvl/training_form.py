@@ -12,6 +12,7 @@ from qvl.active_run import Run
 from qvl.collators import CompletionCollator
 from qvl.compiled_layers import can_compile, compiled_layers, layers_of, scale_by_tensors
 from qvl.fp8 import quantize_frozen_base
+from qvl.models import switch_checkpointing_off
 from qvl.seeded_dropout import seed_dropout
 from qvl.segment_attention import use_sdpa, use_segment_attention
 from qvl.settings import Settings
@@ -102,8 +103,7 @@ def ready_for_compiling(run: Run, model: PeftModel) -> None:
 def _leave_trainer(base: PreTrainedModel, forward: Any) -> None:
     """Takes off what SFTTrainer and accelerate put on the base model, so that it generates as it did before."""
     base.disable_input_require_grads()
-    # The name that transformers has had since 5.23, else the older one.
-    getattr(base, "activation_checkpointing_disable", base.gradient_checkpointing_disable)()
+    switch_checkpointing_off(base)
     base.__dict__.pop("forward", None)
     if forward is not None:
         base.forward = forward

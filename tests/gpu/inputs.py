@@ -6,11 +6,12 @@ is free again behind it:
     python tests/gpu/inputs.py FOLDER_WITH_CONFIG_AND_PROCESSOR FOLDER_TO_MAKE
 """
 
-import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from qvl.files import read_jsonl, write_jsonl_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 # Flickr8k's own; photos of one size make batches of one shape.
@@ -63,7 +64,7 @@ def photos(source: Path, work: Path, num_rows: int) -> Path:
     target = work / f"photos-{num_rows}"
     if (target / "captions.jsonl").is_file():
         return target
-    rows = [json.loads(line) for line in (source / "captions.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    rows = read_jsonl(source / "captions.jsonl")
     for row in rows:
         _scale(source / row["image"], target / row["image"])
     train, test = ([row for row in rows if row["split"] == split] for split in ("train", "test"))
@@ -72,8 +73,7 @@ def photos(source: Path, work: Path, num_rows: int) -> Path:
         row = train[index % len(train)]
         turn = index // len(train) % len(row["captions"])
         repeated.append({**row, "captions": row["captions"][turn:] + row["captions"][:turn]})
-    text = "".join(json.dumps(row) + "\n" for row in [*repeated, *test])
-    (target / "captions.jsonl").write_text(text, encoding="utf-8")
+    write_jsonl_atomically(target / "captions.jsonl", [*repeated, *test])
     return target
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qvl.files import read_jsonl
+
 CAPTIONS_PER_IMAGE = 5
 # Trained alike, for their speed: with layers compiled unless the name says plain.
 TIMED = ("one", "one_plain", "ddp", "fsdp2", "zero3")
@@ -81,7 +83,7 @@ def summarize(runs: Path, shape: Shape) -> dict[str, Any]:
 def _training_rows(folder: Path) -> dict[int, dict[str, Any]]:
     """What the trainer has logged, by step."""
     path = folder / "training_log.jsonl"
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.is_file() else []
+    rows = read_jsonl(path) if path.is_file() else []
     return {row["step"]: row for row in rows if "loss" in row}
 
 
@@ -129,9 +131,7 @@ def _answers(runs: Path) -> dict[str, Any]:
         paths = [runs / name / f"{part}_predictions.jsonl" for name in ("eval_one", "eval_two")]
         if not all(path.is_file() for path in paths):
             continue
-        one, two = (
-            [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] for path in paths
-        )
+        one, two = map(read_jsonl, paths)
         pairs = list(zip(one, two, strict=True))
         found[part] = {
             "num_prompts": len(pairs),
