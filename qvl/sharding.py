@@ -8,7 +8,7 @@ a whole base of its own in the other stages.
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from peft import PeftModel
-from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import is_deepspeed_available, unset_hf_deepspeed_config
@@ -130,21 +129,6 @@ def keep_sums_in_full(plugin: FullyShardedDataParallelPlugin | None) -> None:
     """
     if plugin is not None and isinstance(policy := plugin.mixed_precision_policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
-
-
-def gather_whole(layers: Iterable[nn.Module]) -> None:
-    """Has ZeRO-3 put a layer's weights together at once, where its hooks sit, and not at each of its modules.
-
-    That is fewer and larger messages, and a layer that can be compiled whole.
-
-    Args:
-        layers: of a model that is not shared out yet.
-    """
-    if sharding() is Sharding.ZERO3:
-        from deepspeed.utils import set_z3_leaf_module
-
-        for layer in layers:
-            set_z3_leaf_module(layer, True)
 
 
 @contextmanager

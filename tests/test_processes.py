@@ -24,6 +24,7 @@ from qvl.files import read_jsonl
 from qvl.recipe import Recipe, run
 from qvl.settings import Settings, parse_settings
 from qvl.sharding import Sharding, keep_sums_in_full, require_shardable, sharding, whole
+from qvl.training_form import wants_compiled
 from recipes import qwen_chat
 from recipes.flickr8k import RECIPE
 
@@ -384,6 +385,15 @@ def test_fsdp2_gives_the_loss_and_the_gradients_in_full(group_of_one: None) -> N
     gradient = whole(model.weight.grad)
     assert gradient.dtype == torch.float32
     assert not torch.equal(gradient, gradient.bfloat16().float())
+
+
+@pytest.mark.parametrize(("file", "compiled"), [("ddp.yaml", True), ("fsdp2.yaml", True), ("zero3.yaml", False)])
+def test_layers_in_pieces_are_compiled_where_that_was_seen_to_work(
+    file: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = settings()
+    as_launched(file, monkeypatch)
+    assert wants_compiled(made) is compiled
 
 
 def test_deepspeed_that_is_missing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
