@@ -8,8 +8,8 @@ folder with its configuration and processor: random weights are then made once, 
 
 Each loader loads the model into NF4, trains 12 steps at batch 1 with images of 1,024 visual tokens, answers 6 prompts
 and goes through the stage check, cut to what applies to random weights; then plain qvl answers with the adapter that
-Unsloth has trained. With the shape of Qwen2.5-VL-7B on one H100 that takes about 5 minutes with Unsloth and 3 without,
-and one more for the random weights. LOADER.json and LOADER.log in `--out` grow as it goes on; the table at the end
+Unsloth has trained. With the shape of Qwen2.5-VL-7B on one H200 that takes about 4 minutes with Unsloth and 2 without,
+and half a minute for the random weights. LOADER.json and LOADER.log in `--out` grow as it goes on; the table at the end
 shows all that are there, so the loaders may be measured by one call each. All other flags are the recipe's.
 """
 
