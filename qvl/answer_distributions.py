@@ -1,7 +1,7 @@
 """What a model would say at every token of given answers: the one thing that the checks of its behaviour compare."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -14,6 +14,9 @@ from qvl.models import without_adapter
 
 # Of a long answer the beginning tells enough: 8 answers x 64 tokens x 151,936 words x 4 bytes are 0.3 GiB.
 _MOST_TOKENS = 64
+
+# `answer_distributions` of whichever model, on rows that are chosen already.
+Distributions: TypeAlias = Callable[[PreTrainedModel | PeftModel], list[torch.Tensor]]
 
 
 def answer_distributions(

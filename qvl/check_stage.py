@@ -22,6 +22,7 @@ from qvl import (
     behaviour_checks,
     checks,
     generation_checks,
+    merge_checks,
     model_checks,
     number_checks,
     run_folder,
@@ -198,10 +199,10 @@ class _CheckStage:
             full = adapters.load_adapter(self.full, Path(folder)) if self.full is not None else None
         self._check_alignment(model, full, "after_training")
         if full is not None:
-            self._note([training_checks.check_merge(full, self._measure, is_4bit=False)])
+            self._note([merge_checks.check_merge(full, self._measure, is_4bit=False)])
             self.full = full = None
         if self.bits != 8:  # peft merges into 8-bit weights only with their outliers rounded away
-            self._note([training_checks.check_merge(model, self._measure, is_4bit=self.bits == 4)])
+            self._note([merge_checks.check_merge(model, self._measure, is_4bit=self.bits == 4)])
 
     @contextmanager
     def _as_they_answer(self) -> Iterator[tuple[Any, Any]]:

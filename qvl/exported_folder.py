@@ -25,10 +25,11 @@ from qvl.model_card import Exported, model_card
 from qvl.parity import NUM_PROMPTS, NUM_TOKENS, Said, check_parity, describe_difference, listen
 from qvl.settings import parse_settings
 from qvl.trained_model import TrainedModel, load_trained
-from qvl.training_checks import MOST_MERGE_NATS_16_BIT
 
 _GREEDY = {"max_new_tokens": NUM_TOKENS}
 _IN_FULL = {"load_in_4bit": False, "load_in_8bit": False}
+# Measured with the shape of an 8B model in bf16: 0.0007, and 3.7 where the adapter is lost.
+_MOST_NATS = 0.01
 _SPARE_BYTES = 256 * 2**20
 # All that an adapter is. Beside it may lie what a training or a download has left: optimizer states, caches, a card.
 _COPIED = ("adapter_config.json", "adapter_model.safetensors", TRAINED_WITH)
@@ -103,7 +104,7 @@ def _write_merged(adapter: Path, folder: Path, prompts: list[dict[str, Any]]) ->
     del whole
     give_back_unused()
     again = listen(load_trained(folder, False, _GREEDY), prompts, said.answers)
-    return check_parity(said, again, MOST_MERGE_NATS_16_BIT), notes, sees_images
+    return check_parity(said, again, _MOST_NATS), notes, sees_images
 
 
 def _write_adapter(adapter: Path, folder: Path, prompts: list[dict[str, Any]]) -> tuple[list[Check], list[str], bool]:

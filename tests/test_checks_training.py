@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from test_checks_behaviour import QWEN25, collator, rows
 from tiny import CPU, base, settings_for
@@ -14,13 +15,13 @@ from transformers import TrainerControl, TrainerState
 
 from qvl.adapters import add_adapter
 from qvl.answer_distributions import answer_distributions
+from qvl.checks import Check
+from qvl.merge_checks import RESOLVED_NATS, check_merge
 from qvl.models import load_base
 from qvl.training_checks import (
-    MOST_MERGE_NATS_FP32,
     GradientWatch,
     StopWhenLearned,
     check_base_kept,
-    check_merge,
     check_overfit,
     check_save_load,
 )
@@ -134,34 +135,69 @@ def test_an_adapter_saved_with_less_precision_fails(tmp_path: Path) -> None:
     assert not check_save_load(model, measure, tmp_path)[1].passed
 
 
+def nats_beside(check: Check, what: str) -> float:
+    return float(check.detail.split(f"{what}: ")[1].split(" nats")[0])
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         (),
+        ("--use_dora",),
+        ("--use_rslora",),
         ("--load_in_4bit",),
         ("--load_in_4bit", "--use_bnb_nested_quant"),
         ("--load_in_4bit", "--use_dora"),
-        ("--load_in_4bit", "--dtype", "bfloat16"),
     ],
 )
-def test_merged_is_nearly_the_same(flags: tuple[str, ...]) -> None:
-    check = check_merge(adapted(*flags), measure, is_4bit=bool(flags))
+def test_merged_is_the_same_but_for_fp32(flags: tuple[str, ...]) -> None:
+    check = check_merge(adapted(*flags), measure, is_4bit="--load_in_4bit" in flags)
     assert check.passed, check
+    assert nats_beside(check, "rounding alone") < RESOLVED_NATS, "in fp32 the formulas are what peft computes"
+    assert check.threshold == "<= 1e-06 nats"
 
 
-@pytest.mark.parametrize("flags", [(), ("--load_in_4bit",)])
-def test_a_merge_with_a_wrong_scale_fails(flags: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("flags", [(), ("--load_in_4bit",), ("--load_in_4bit", "--use_dora")])
+def test_in_16_bits_merged_is_as_near_as_rounding_lets_it_be(flags: tuple[str, ...]) -> None:
+    check = check_merge(adapted(*flags, "--dtype", "bfloat16"), measure, is_4bit=bool(flags))
+    assert check.passed, check
+    assert RESOLVED_NATS < nats_beside(check, "rounding alone") < 0.01
+
+
+@pytest.mark.parametrize("flags", [(), ("--load_in_4bit",), ("--dtype", "bfloat16")])
+def test_a_merge_with_a_wrong_scale_in_one_layer_fails(flags: tuple[str, ...]) -> None:
     model = adapted(*flags)
     layer = model.get_base_model().model.language_model.layers[0].mlp.down_proj
     right = layer.get_delta_weight
     layer.get_delta_weight = lambda name: 4 * right(name)
-    assert not check_merge(model, measure, is_4bit=bool(flags)).passed
+    assert not check_merge(model, measure, is_4bit="--load_in_4bit" in flags).passed
 
 
-def test_what_a_merge_into_4_bits_loses_is_told_and_not_judged() -> None:
-    check = check_merge(adapted("--load_in_4bit"), measure, is_4bit=True)
-    again = float(check.detail.split("quantized again: ")[1].removesuffix(" nats"))
-    assert check.passed and again > 1000 * MOST_MERGE_NATS_FP32
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merge_that_loses_the_adapter_fails(dtype: str) -> None:
+    model = adapted("--load_in_4bit", "--dtype", dtype)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.get_delta_weight = lambda name, layer=module: torch.zeros_like(
+                layer.lora_B[name].weight @ layer.lora_A[name].weight
+            )
+    check = check_merge(model, measure, is_4bit=True)
+    assert not check.passed and check.value > 0.01
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_merge_into_4_bits_loses_is_told_and_would_fail(dtype: str) -> None:
+    check = check_merge(adapted("--load_in_4bit", "--dtype", dtype), measure, is_4bit=True)
+    assert check.passed
+    assert nats_beside(check, "quantized again") > 4 * float(check.threshold.split()[1])
+
+
+def test_a_merge_that_is_no_number_fails() -> None:
+    model = adapted("--load_in_4bit")
+    layer = model.get_base_model().model.language_model.layers[0].mlp.down_proj
+    layer.get_delta_weight = lambda name: layer.lora_B[name].weight @ layer.lora_A[name].weight * float("nan")
+    layer.merge = lambda safe_merge, adapter_names: None
+    assert not check_merge(model, measure, is_4bit=True).passed
 
 
 # --- learning by heart
