@@ -2,7 +2,7 @@
 
     python tests/gpu/one_loader.py transformers --model FOLDER --out FOLDER --work FOLDER
 
-Loading, 12 steps of training and 6 answers are a run of the recipe as it is. The stage check is cut to 3 steps over 4
+Loading, 12 steps of training and 6 answers are a run of the recipe as it is. The stage check is cut to 20 steps over 4
 rows and to the checks that apply to random weights, which learn nothing by heart. OUT/LOADER.json is written after
 every step, check and stage. Unsloth has to be imported before transformers: this file imports both inside functions.
 """
@@ -35,7 +35,7 @@ LOADERS = ("unsloth", "transformers")
 NUM_STEPS = 12
 # Compiling, and what else the first steps wait for.
 NUM_FIRST_STEPS = 4
-_NUM_OVERFIT_STEPS, _NUM_LEARNED_ROWS = 3, 4
+_NUM_OVERFIT_STEPS, _NUM_LEARNED_ROWS = 20, 4
 _VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 
 
