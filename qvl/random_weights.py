@@ -45,7 +45,8 @@ def build_with_random_weights(settings: Settings, device: torch.device) -> PreTr
     if wanted is not None:
         quantizer = AutoHfQuantizer.from_config(wanted, pre_quantized=False)
         quantizer.preprocess_model(model=model, device_map={"": device})
-    dtype = _dtype(settings, config.dtype)
+    # Qwen3-VL's configuration names it for the language model only.
+    dtype = _dtype(settings, config.dtype or config.get_text_config().dtype)
     _materialize(model, device, dtype, settings.training.seed)
     model.config.dtype = dtype
     if quantizer is not None:

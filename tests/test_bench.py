@@ -430,6 +430,15 @@ def test_random_weights_make_the_model_that_would_be_loaded(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_random_weights_have_the_dtype_that_only_the_language_model_names(tmp_path: Path) -> None:
+    """As the configuration of Qwen3-VL does."""
+    config = load_config(settings_for("qvl/tiny-qwen3-vl")).to_dict()
+    config["dtype"], config["text_config"]["dtype"] = None, "bfloat16"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = settings_for("qvl/tiny-qwen3-vl", "--model_name_or_path", str(tmp_path), "--dtype", "auto")
+    assert {p.dtype for p in build_with_random_weights(settings, CPU).parameters()} == {torch.bfloat16}
+
+
 def test_random_weights_in_4_bit_are_packed_as_loaded_ones() -> None:
     settings = settings_for(VISION[0], "--load_in_4bit", "--use_bnb_nested_quant")
     model, loaded = build_with_random_weights(settings, CPU), load_base(settings, CPU)
