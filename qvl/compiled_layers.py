@@ -71,10 +71,10 @@ def compiled_layers(
             `gradient_checkpointing` puts there) torch 2.11's partitioner stops where it has a memory budget and lengths
             are symbols ("Node add was invalid, but is output"), and the last product of a layer would be computed again
             for nothing.
-        in_pieces: hooks of each layer gather its weights and let them go (FSDP2): they stay outside of it.
+        in_pieces: hooks of each layer gather its weights and let them go (ZeRO-3, FSDP2): they stay outside of it.
         backend: `torch.compile`'s.
     """
-    layers = [*base.get_decoder().layers, *_vision_blocks(base)]
+    layers = layers_of(base)
     # The first layer shares the others' compilation if its input wants a gradient as theirs do.
     base.enable_input_require_grads()
     budget = 0.0 if keeps_inputs_only else _ACTIVATION_MEMORY_BUDGET
@@ -84,6 +84,11 @@ def compiled_layers(
         _compiled_forwards(layers, backend) if in_pieces else _called(_compile(layers, backend)),
     ):
         yield
+
+
+def layers_of(base: PreTrainedModel) -> list[nn.Module]:
+    """What is compiled, and where a model in pieces is put together: decoder layers and vision blocks."""
+    return [*base.get_decoder().layers, *_vision_blocks(base)]
 
 
 def scale_by_tensors(model: PeftModel, device: torch.device) -> None:

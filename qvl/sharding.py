@@ -8,14 +8,15 @@ a whole base of its own in the other stages.
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 
 import torch
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from peft import PeftModel
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import is_deepspeed_available, unset_hf_deepspeed_config
@@ -131,6 +132,39 @@ def keep_sums_in_full(plugin: FullyShardedDataParallelPlugin | None) -> None:
         plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
+def leave_linear_layers_plain(plugin: DeepSpeedPlugin) -> None:
+    """Keeps DeepSpeed from replacing `torch.nn.functional.linear`, unless its configuration file asks for that.
+
+    Its function keeps a weight for the backward, and not a view of it, which would outlive the weight's release.
+    Compiled code does so by itself. And it asks the weight for its number, which has torch 2.11 compile every layer
+    anew: minutes before the first step ends.
+
+    Args:
+        plugin: accelerate's, for ZeRO-3, before a model is loaded.
+    """
+    plugin.deepspeed_config["zero_optimization"].setdefault("memory_efficient_linear", False)
+
+
+def gather_at_once(layers: Sequence[nn.Module], plugin: DeepSpeedPlugin | None) -> None:
+    """Has ZeRO-3 put a layer's weights together at the layer, and those of the next one while it computes.
+
+    At each of its modules, as it does otherwise, it would cut a compiled layer into as many pieces.
+
+    Args:
+        layers: of a model that no trainer has yet.
+        plugin: accelerate's; None where DeepSpeed shares nothing out.
+    """
+    if plugin is None or plugin.zero_stage != 3:
+        return
+    from deepspeed.utils import set_z3_leaf_module
+
+    for layer in layers:
+        set_z3_leaf_module(layer, True)
+    # Of a weight that is shared out `numel` is 0.
+    largest = max(sum(getattr(p, "ds_numel", p.numel()) for p in layer.parameters()) for layer in layers)
+    plugin.deepspeed_config["zero_optimization"].setdefault("stage3_prefetch_bucket_size", largest)
+
+
 @contextmanager
 def loading_in_pieces(settings: Settings) -> Iterator[None]:
     """Here transformers loads models for ZeRO-3, a piece to each process.
@@ -140,6 +174,8 @@ def loading_in_pieces(settings: Settings) -> Iterator[None]:
     """
     plugin = settings.training.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
+        if settings.recipe.compile_layers:
+            leave_linear_layers_plain(plugin)
         plugin.set_deepspeed_weakref()
     try:
         yield

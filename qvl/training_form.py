@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 from qvl import unsloth_loader
 from qvl.active_run import Run
 from qvl.collators import CompletionCollator
-from qvl.compiled_layers import can_compile, compiled_layers, scale_by_tensors
+from qvl.compiled_layers import can_compile, compiled_layers, layers_of, scale_by_tensors
 from qvl.fp8 import quantize_frozen_base
 from qvl.models import switch_checkpointing_off
 from qvl.seeded_dropout import seed_dropout
 from qvl.segment_attention import use_sdpa, use_segment_attention
 from qvl.settings import Settings
-from qvl.sharding import Sharding, sharding
+from qvl.sharding import gather_at_once, sharding
 from qvl.shared_prefix import SharedPrefixCollator
 
 
@@ -28,15 +28,13 @@ def trains_compiled(settings: Settings) -> bool:
 def wants_compiled(settings: Settings) -> bool:
     """Whether layers are compiled on a device that can.
 
-    Not with an 8-bit base or a 4-bit one in pieces, of which no compiled run has been measured yet, not with ZeRO-3,
-    where two GPUs did not come to the end of their first step (torch 2.11, deepspeed 0.19.8), not with
+    Not with an 8-bit base or a 4-bit one in pieces, of which no compiled run has been measured yet, not with
     `--loader unsloth`, which compiles layers itself, and not where `--gradient_checkpointing_kwargs` asks for a kind of
     checkpointing: compiled layers have one of their own.
     """
     training = settings.training
     wanted = settings.recipe.compile_layers and not settings.model.load_in_8bit
     wanted &= not (settings.model.load_in_4bit and sharding().in_pieces)
-    wanted &= sharding() is not Sharding.ZERO3
     wanted &= not unsloth_loader.is_chosen(settings)
     wanted &= not (training.gradient_checkpointing and training.gradient_checkpointing_kwargs)
     return bool(wanted)
@@ -82,6 +80,7 @@ def training_form(
 def _compiled_if_wanted(settings: Settings, base: PreTrainedModel) -> AbstractContextManager[None]:
     if not trains_compiled(settings):
         return nullcontext()
+    gather_at_once(layers_of(base), settings.training.deepspeed_plugin)
     keeps_inputs_only = bool(settings.training.gradient_checkpointing)
     return compiled_layers(base, keeps_inputs_only=keeps_inputs_only, in_pieces=sharding().in_pieces)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from mlflow import MlflowClient
 from PIL import Image
 from torch import nn
@@ -23,7 +23,15 @@ from qvl.errors import UserError
 from qvl.files import read_jsonl
 from qvl.recipe import Recipe, run
 from qvl.settings import Settings, parse_settings
-from qvl.sharding import Sharding, keep_sums_in_full, require_shardable, sharding, whole
+from qvl.sharding import (
+    Sharding,
+    gather_at_once,
+    keep_sums_in_full,
+    leave_linear_layers_plain,
+    require_shardable,
+    sharding,
+    whole,
+)
 from qvl.training_form import wants_compiled
 from recipes import qwen_chat
 from recipes.flickr8k import RECIPE
@@ -387,13 +395,39 @@ def test_fsdp2_gives_the_loss_and_the_gradients_in_full(group_of_one: None) -> N
     assert not torch.equal(gradient, gradient.bfloat16().float())
 
 
-@pytest.mark.parametrize(("file", "compiled"), [("ddp.yaml", True), ("fsdp2.yaml", True), ("zero3.yaml", False)])
-def test_layers_in_pieces_are_compiled_where_that_was_seen_to_work(
-    file: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("file", ["ddp.yaml", "fsdp2.yaml", "zero2.yaml", "zero3.yaml"])
+def test_layers_are_compiled_however_a_model_is_shared_out(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = settings()
     as_launched(file, monkeypatch)
-    assert wants_compiled(made) is compiled
+    assert wants_compiled(made)
+
+
+def test_deepspeed_leaves_linear_layers_as_they_are_unless_it_is_told_to(tmp_path: Path) -> None:
+    plugin = DeepSpeedPlugin(zero_stage=3)
+    leave_linear_layers_plain(plugin)
+    # The second is what transformers hands to DeepSpeed when a model is loaded.
+    for config in (plugin.deepspeed_config, plugin.hf_ds_config.config):
+        assert config["zero_optimization"]["memory_efficient_linear"] is False
+
+    file = tmp_path / "zero3.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "memory_efficient_linear": True}}))
+    plugin = DeepSpeedPlugin(hf_ds_config=str(file))
+    leave_linear_layers_plain(plugin)
+    assert plugin.deepspeed_config["zero_optimization"]["memory_efficient_linear"] is True
+
+
+def test_zero3_gathers_a_layer_at_once_and_the_next_one_ahead() -> None:
+    utils = pytest.importorskip("deepspeed.utils")
+    layers = [nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), nn.Linear(2, 2)]
+    plugin = DeepSpeedPlugin(zero_stage=3)
+    gather_at_once(layers, plugin)
+    assert all(utils.z3_leaf_module(layer) for layer in layers)
+    assert plugin.deepspeed_config["zero_optimization"]["stage3_prefetch_bucket_size"] == 4 * 8 * 2 + 12
+
+    plain = nn.Linear(2, 2)
+    gather_at_once([plain], DeepSpeedPlugin(zero_stage=2))
+    gather_at_once([plain], None)
+    assert not utils.z3_leaf_module(plain)
 
 
 def test_deepspeed_that_is_missing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
