@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from qvl import activations
-from qvl.activations import DecoderShape, Format, Mode, TowerShape
+from qvl.activations import Format, Mode
 from qvl.graphed_decoding import CACHE_MULTIPLE_TOKENS
+from qvl.memory_shapes import DecoderShape, TowerShape
 from qvl.memory_weights import Packing, TrainedCounts, WeightPart
 
 # Of cuBLAS, on GPUs of compute capability 9.0; a quarter of it below.

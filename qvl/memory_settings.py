@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftConfig
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.trainer_utils import IntervalStrategy
 
-from qvl.activations import Format, Mode, decoder_shape, tower_shape
+from qvl.activations import Format, Mode
 from qvl.adapters import lora_config
 from qvl.data import LoadedData, image_sizes, separate_completions
 from qvl.encode import ProcessingClass
@@ -20,6 +20,7 @@ from qvl.examples import joined_completions
 from qvl.generate import bytes_per_prompt
 from qvl.image_words import images_as_words
 from qvl.memory_needs import LongestRows, Needs
+from qvl.memory_shapes import decoder_shape, tower_shape
 from qvl.memory_weights import Packing, count_trained, largest_packed_layer, weight_parts
 from qvl.models import own_quantization, skeleton
 from qvl.settings import Settings

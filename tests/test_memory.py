@@ -14,7 +14,7 @@ from shapes import shape
 from tiny import CHAT, VISION, answered, base, picture, processing_class, settings_for
 from torch import nn
 
-from qvl.activations import Format, Mode, decoder_shape, kept_bytes, passing_bytes, saved_bytes
+from qvl.activations import Format, Mode, kept_bytes, passing_bytes, saved_bytes
 from qvl.active_run import load_data
 from qvl.adapters import add_adapter, lora_config
 from qvl.collators import CompletionCollator
@@ -24,6 +24,7 @@ from qvl.frozen_vision import ask_no_gradient_of_vision
 from qvl.memory import GIB, Card, MemoryPlan, memory_for_run, plan_memory
 from qvl.memory_needs import LongestRows, Needs, answering_parts, held_out_parts, training_parts
 from qvl.memory_settings import find_needs, longest_rows
+from qvl.memory_shapes import decoder_shape
 from qvl.memory_weights import TrainedCounts, count_trained, largest_packed_layer, weight_parts
 from qvl.models import load_config, skeleton
 from qvl.positions import positions_of

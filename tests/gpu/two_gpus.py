@@ -3,8 +3,8 @@
     python tests/gpu/two_gpus.py --model FOLDER --photos FOLDER --out FOLDER
     python tests/gpu/two_gpus.py --model FOLDER --photos FOLDER --out FOLDER --cases one ddp --batch 16 --steps 8
 
-Needs two GPUs of one host (with 80 GB each `--batch 16` for one_plain and zero3, which keep all activations), qvl with
-its extra `deepspeed`, and a folder of photos with `captions.jsonl` (rows with image, five captions and split).
+Needs two GPUs of one host (with 80 GB each `--batch 16` for one_plain, which keeps all activations), qvl with its extra
+`deepspeed`, and a folder of photos with `captions.jsonl` (rows with image, five captions and split).
 `--model` is a checkpoint, or a folder with the configuration and processor of one: random weights are then made once,
 in `--work`.
 

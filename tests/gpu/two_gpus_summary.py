@@ -9,7 +9,7 @@ from typing import Any
 from qvl.files import read_jsonl
 
 CAPTIONS_PER_IMAGE = 5
-# Trained alike, for their speed: with layers compiled but for one_plain and zero3.
+# Trained alike, for their speed: with layers compiled but for one_plain.
 TIMED = ("one", "one_plain", "ddp", "fsdp2", "zero3")
 _REFERENCES = ("one", "one_plain")
 _RESUMED = "_resumed"
