@@ -59,12 +59,14 @@ class MemoryPlan:
         stages: of the run.
         card: where it is to fit; None where there is no card to ask about.
         may_stop: whether a plan that does not fit stops the run.
+        trained_in_pieces: whether the training shares the base out, and so holds less than a plan for all of it says.
     """
 
     needs: Needs
     stages: Sequence[str]
     card: Card | None
     may_stop: bool
+    trained_in_pieces: bool = False
 
     def training_gib(self) -> float:
         """The predicted peak of the training in GiB, to be compared with what PyTorch will have allocated."""
@@ -102,6 +104,10 @@ class MemoryPlan:
                 f"  training: {_sum(training_parts(needs))}",
                 f"    {needs.batch_size} rows of up to {rows.train} tokens{visual}; {_MODES[needs.mode]}",
             ]
+        if "train" in self.stages and self.trained_in_pieces:
+            lines.append(
+                "    that is for the whole base: with a piece of it a GPU holds less, by how much is not known"
+            )
         evaluates = bool(set(_EVALUATIONS) & set(self.stages))
         while_training = "train" in self.stages and needs.evaluates_while_training
         if evaluates or (while_training and needs.num_eval_generations):
@@ -174,9 +180,9 @@ def plan_memory(
     needs = find_needs(settings, config, rows, for_gpu=card is not None)
     if needs is None:
         return None
-    # Of a model in pieces the training holds less than this says.
-    may_stop = not settings.recipe.ignore_memory_plan and not sharding().in_pieces
-    return MemoryPlan(needs, tuple(settings.recipe.stages), card, may_stop)
+    in_pieces = sharding().in_pieces
+    may_stop = not settings.recipe.ignore_memory_plan and not in_pieces
+    return MemoryPlan(needs, tuple(settings.recipe.stages), card, may_stop, in_pieces)
 
 
 def find_card(settings: Settings) -> Card | None:

@@ -21,6 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from qvl import processes
 from qvl.errors import UserError
 from qvl.files import read_jsonl
+from qvl.memory import plan_memory
+from qvl.models import load_config, load_processing_class
 from qvl.recipe import Recipe, run
 from qvl.settings import Settings, parse_settings
 from qvl.sharding import (
@@ -428,6 +430,18 @@ def test_zero3_gathers_a_layer_at_once_and_the_next_one_ahead() -> None:
     gather_at_once([plain], DeepSpeedPlugin(zero_stage=2))
     gather_at_once([plain], None)
     assert not utils.z3_leaf_module(plain)
+
+
+@pytest.mark.parametrize(("file", "in_pieces"), [("zero2.yaml", False), ("zero3.yaml", True), ("fsdp2.yaml", True)])
+def test_a_plan_for_the_whole_base_says_so_where_it_is_shared_out(
+    file: str, in_pieces: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = settings("--gpu_memory_gib", "1")
+    as_launched(file, monkeypatch)
+    plan = plan_memory(made, load_config(made), None, load_processing_class(made))
+    assert plan is not None and not plan.fits()
+    assert plan.trained_in_pieces is in_pieces and plan.may_stop is not in_pieces
+    assert any("that is for the whole base" in line for line in plan.lines()) is in_pieces
 
 
 def test_deepspeed_that_is_missing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
