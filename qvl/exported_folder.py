@@ -72,7 +72,7 @@ def export_adapter(adapter: Path, out: Path, merge: bool, prompts_file: Path | N
     try:
         verdicts, notes, sees_images = (_write_merged if merge else _write_adapter)(adapter, beside, prompts)
         print("\n".join([*notes, *table(verdicts)]), flush=True)
-        require_passed(verdicts)
+        _require_parity(verdicts, merge)
         write_json_atomically(beside / "parity.json", [check.as_dict() for check in verdicts])
         summary = data.summary if data else None
         card = model_card(Exported(adapter, merge, sees_images, verdicts, notes, metrics, settings, summary))
@@ -120,6 +120,19 @@ def _write_adapter(adapter: Path, folder: Path, prompts: list[dict[str, Any]]) -
     give_back_unused()
     again = listen(load_trained(folder, False, _GREEDY), prompts, said.answers)
     return check_parity(said, again, most_nats=0.0, most_tie_nats=0.0), notes, sees_images
+
+
+def _require_parity(verdicts: list[Check], is_merged: bool) -> None:
+    try:
+        require_passed(verdicts)
+    except FailedCheckError as error:
+        if not is_merged:
+            raise
+        advice = (
+            "16 bits do not hold every change of a weight, least of all those of a very short training: "
+            "export with --format adapter."
+        )
+        raise FailedCheckError(f"{error}\n{advice}") from error
 
 
 def _notes(partner: TrainedModel, trained: Mapping[str, Any], is_merged: bool) -> list[str]:
