@@ -69,6 +69,12 @@ def divergences(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -
     return [float((a.exp() * (a - b)).sum(dim=-1).mean().clamp(min=0)) for a, b in zip(first, second, strict=True)]
 
 
+def mean_divergence(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:
+    """The mean of `divergences` over the examples, in nats."""
+    found = divergences(first, second)
+    return sum(found) / len(found)
+
+
 def largest_difference(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:
     """Largest difference of any log-probability, in nats; 0 only where all numbers are equal, NaN where one is."""
     return max(float((a - b).abs().max()) if len(a) else 0.0 for a, b in zip(first, second, strict=True))

@@ -14,7 +14,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from torch.nn import functional
 
-from qvl.answer_distributions import Distributions, divergences
+from qvl.answer_distributions import Distributions, mean_divergence
 from qvl.checks import Check, at_most
 
 # What a merge may lose, as a share of the adapter's strength. Rounding to nearest gives the old weight back where its
@@ -49,11 +49,11 @@ def check_merge(model: PeftModel, measure: Distributions, is_4bit: bool) -> Chec
     """
     beside = measure(model)
     with _adapted_layers(model, _forward_in_fp32):
-        rounding = _mean_divergence(measure(model), beside)
+        rounding = mean_divergence(measure(model), beside)
     most = max(RESOLVED_NATS, _ROUNDING_RATIO * rounding)
     if model.dtype != torch.float32:
         with rescale_adapter_scale(model, 1 - MOST_LOST):
-            most = max(most, _mean_divergence(beside, measure(model)))
+            most = max(most, mean_divergence(beside, measure(model)))
     merged = None
     if is_4bit:
         with _adapted_layers(model, _forward_merged):
@@ -61,19 +61,14 @@ def check_merge(model: PeftModel, measure: Distributions, is_4bit: bool) -> Chec
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*Merge lora module to 4-bit linear.*")
         kept = measure(model.merge_and_unload(safe_merge=True))
-    again = f"; quantized again: {_mean_divergence(beside, kept):.3g} nats" if is_4bit else ""
+    again = f"; quantized again: {mean_divergence(beside, kept):.3g} nats" if is_4bit else ""
     return at_most(
         "merge_divergence_4bit_base" if is_4bit else "merge_divergence_full_base",
-        _mean_divergence(beside, merged or kept),
+        mean_divergence(beside, merged or kept),
         most,
         " nats",
         f"{len(beside)} rows; rounding alone: {rounding:.3g} nats{again}",
     )
-
-
-def _mean_divergence(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
-    distances = divergences(first, second)
-    return sum(distances) / len(distances)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from qvl.answer_distributions import divergences
+from qvl.answer_distributions import mean_divergence
 from qvl.checks import Check, at_most
 from qvl.features import encoder_inputs
 
@@ -106,6 +106,5 @@ def check_quantization_divergence(quantized: Sequence[torch.Tensor], full: Seque
         quantized: from `answer_distributions`, of the 4-bit model.
         full: the same of the model in 16 bits (on a CPU 32).
     """
-    found = divergences(full, [part.to(full[0].device) for part in quantized])
-    mean = sum(found) / len(found)
-    return at_most("4bit_divergence_from_full_weights", mean, MOST_KL_NATS, " nats", f"{len(found)} answers")
+    mean = mean_divergence(full, [part.to(full[0].device) for part in quantized])
+    return at_most("4bit_divergence_from_full_weights", mean, MOST_KL_NATS, " nats", f"{len(full)} answers")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qvl.answer_distributions import batch_distributions, divergences
+from qvl.answer_distributions import batch_distributions, divergences, mean_divergence
 from qvl.checks import Check, at_most
 from qvl.encode import IGNORED_LABEL
 from qvl.generate import PromptCollator
@@ -103,10 +103,10 @@ def check_parity(reference: Said, other: Said, most_nats: float, most_tie_nats: 
 
 def describe_difference(reference: Said, other: Said) -> str:
     """The same in words, where it is no one's mistake: `other` is `reference` with weights of another format."""
-    distances = divergences(reference.log_probs, other.log_probs)
+    mean = mean_divergence(reference.log_probs, other.log_probs)
     same = sum(torch.equal(a, b) for a, b in zip(reference.answers, other.answers, strict=True))
-    mean = sum(distances) / len(distances)
-    return f"{mean:.2g} nats a token on average (KL divergence), {same} of {len(distances)} greedy answers the same"
+    num_answers = len(reference.answers)
+    return f"{mean:.2g} nats a token on average (KL divergence), {same} of {num_answers} greedy answers the same"
 
 
 def _gap_where_they_part(first: torch.Tensor, second: torch.Tensor, log_probs: torch.Tensor) -> float | None:
