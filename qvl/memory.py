@@ -104,10 +104,10 @@ class MemoryPlan:
                 f"  training: {_sum(training_parts(needs))}",
                 f"    {needs.batch_size} rows of up to {rows.train} tokens{visual}; {_MODES[needs.mode]}",
             ]
-        if "train" in self.stages and self.trained_in_pieces:
-            lines.append(
-                "    that is for the whole base: with a piece of it a GPU holds less, by how much is not known"
-            )
+            if self.trained_in_pieces:
+                lines.append(
+                    "    that is for the whole base: with a piece of it a GPU holds less, by how much is not known"
+                )
         evaluates = bool(set(_EVALUATIONS) & set(self.stages))
         while_training = "train" in self.stages and needs.evaluates_while_training
         if evaluates or (while_training and needs.num_eval_generations):
