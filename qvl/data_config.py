@@ -1,14 +1,27 @@
 """What a run asks of its data: one settings object, filled from the command line by `qvl.recipe`."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from qvl.errors import UserError
 
-if TYPE_CHECKING:
-    from qvl.mixture import MixedSet
-
 FLICKR8K_CAPTION_COLUMNS = ("caption_0", "caption_1", "caption_2", "caption_3", "caption_4")
+
+
+@dataclass(frozen=True)
+class MixedSet:
+    """One entry of the `datasets:` list; the names are those of `trl.scripts.utils.DatasetConfig`.
+
+    Attributes:
+        path: hub id, folder or file, as --dataset_name takes it.
+        name: the hub data set's configuration.
+        split: the split to train on; None for --dataset_train_split.
+        fraction: its share of the mixture, relative to the others'; None in all entries for all rows of all.
+    """
+
+    path: str
+    name: str | None = None
+    split: str | None = None
+    fraction: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,7 @@ class DataConfig:
     allow_remote_images: bool = False
     allow_outside_images: bool = False
     dataset_revision: str | None = None
-    datasets: "tuple[MixedSet, ...]" = ()
+    datasets: tuple[MixedSet, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses counts below one.

@@ -2,9 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from qvl.data_config import MixedSet
 from qvl.errors import UserError
 from qvl.image_refs import TableImage
 from qvl.validate import GoodRow
@@ -14,23 +14,6 @@ _REFUSED_KEYS = {
     "data_files": "name the file as `path`, one entry a file",
     "columns": "rows are read by their keys, other columns are passed over",
 }
-
-
-@dataclass(frozen=True)
-class MixedSet:
-    """One entry of the `datasets:` list; the names are those of `trl.scripts.utils.DatasetConfig`.
-
-    Attributes:
-        path: hub id, folder or file, as --dataset_name takes it.
-        name: the hub data set's configuration.
-        split: the split to train on; None for --dataset_train_split.
-        fraction: its share of the mixture, relative to the others'; None in all entries for all rows of all.
-    """
-
-    path: str
-    name: str | None = None
-    split: str | None = None
-    fraction: float | None = None
 
 
 def read_mixture(entries: Sequence[Any]) -> tuple[MixedSet, ...]:

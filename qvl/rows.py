@@ -4,14 +4,11 @@ import difflib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qvl.conversations import Message, place_images, read_conversations, read_messages
+from qvl.data_config import DataConfig
 from qvl.errors import UserError
-
-if TYPE_CHECKING:
-    from qvl.data_config import DataConfig
-
 
 _FORMAT_KEYS = ("messages", "conversations", "instruction", "response")
 
@@ -50,10 +47,10 @@ class Record:
     caption: str | None = None
 
 
-RowToExample = Callable[[dict[str, Any], "DataConfig"], dict[str, Any] | None]
+RowToExample = Callable[[dict[str, Any], DataConfig], dict[str, Any] | None]
 
 
-def read_row(row: Any, config: "DataConfig", row_to_example: RowToExample) -> Record | None:
+def read_row(row: Any, config: DataConfig, row_to_example: RowToExample) -> Record | None:
     """Recognises a row's shape and reads it.
 
     `messages`, `conversations` and `instruction`/`response` are read here; every other row goes to `row_to_example`.
@@ -82,7 +79,7 @@ def read_row(row: Any, config: "DataConfig", row_to_example: RowToExample) -> Re
     return None if example is None else _finish(example, kind, config)
 
 
-def caption_row(row: dict[str, Any], config: "DataConfig") -> dict[str, Any]:
+def caption_row(row: dict[str, Any], config: DataConfig) -> dict[str, Any]:
     """A caption row as an example: one image, several true captions of it.
 
     The captions are the list `captions` if the row has one, else the columns `config.caption_columns`; the image is
@@ -109,7 +106,7 @@ def caption_row(row: dict[str, Any], config: "DataConfig") -> dict[str, Any]:
     return {"images": images, "prompt": config.instruction, "completions": captions, "references": captions}
 
 
-def _captions(row: dict[str, Any], config: "DataConfig") -> list[Any]:
+def _captions(row: dict[str, Any], config: DataConfig) -> list[Any]:
     columns = [name for name in config.caption_columns if name in row]
     if "captions" not in row:
         for name in config.caption_columns:
@@ -146,7 +143,7 @@ def json_type(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def row_images(row: dict[str, Any], config: "DataConfig") -> list[Any]:
+def row_images(row: dict[str, Any], config: DataConfig) -> list[Any]:
     """The images a row names beside its text, as written: one value or a list, under one of the image keys.
 
     Raises:
@@ -168,7 +165,7 @@ def row_images(row: dict[str, Any], config: "DataConfig") -> list[Any]:
     return values
 
 
-def _instruction_row(row: dict[str, Any], config: "DataConfig") -> dict[str, Any]:
+def _instruction_row(row: dict[str, Any], config: DataConfig) -> dict[str, Any]:
     for key in ("instruction", "response"):
         if key not in row:
             raise missing_key(key, row)
@@ -185,7 +182,7 @@ def _instruction_row(row: dict[str, Any], config: "DataConfig") -> dict[str, Any
     }
 
 
-def _conversation_record(row: dict[str, Any], messages: list[Message], config: "DataConfig") -> Record:
+def _conversation_record(row: dict[str, Any], messages: list[Message], config: DataConfig) -> Record:
     images = place_images(messages, row_images(row, config))
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
@@ -216,7 +213,7 @@ def _tools(row: dict[str, Any]) -> list[Any] | None:
     return tools
 
 
-def _finish(example: dict[str, Any], kind: str, config: "DataConfig") -> Record:
+def _finish(example: dict[str, Any], kind: str, config: DataConfig) -> Record:
     """Checks what a piece returned and keeps the first `captions_per_image` answers."""
     prompt = example["prompt"]
     messages = read_messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)

@@ -14,9 +14,10 @@ from trl.scripts.utils import DatasetConfig
 
 import qvl.sources
 from qvl.data import DataConfig, load_examples
+from qvl.data_config import MixedSet
 from qvl.errors import UserError
 from qvl.examples import undecoded_examples
-from qvl.mixture import MixedSet, mixture_counts, read_mixture
+from qvl.mixture import mixture_counts, read_mixture
 from qvl.settings import parse_settings
 
 
