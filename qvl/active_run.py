@@ -4,7 +4,7 @@ import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import torch
@@ -26,9 +26,6 @@ from qvl.sharding import Sharding, loading_in_pieces, sharding
 from qvl.text_scores import TextScore
 from qvl.tracking import RunRecord
 
-if TYPE_CHECKING:
-    from qvl.memory import MemoryPlan
-
 
 @dataclass
 class Run:
@@ -45,7 +42,7 @@ class Run:
         base: the base model once a stage has loaded it; never holds an adapter between stages.
         kept: what an earlier run of this process has left, and a later one gets; None for a process of one run.
         callbacks: of the trainer, for whoever follows the training from outside.
-        memory: what it was predicted to hold; None where nothing was predicted.
+        predicted_gib: what each part of metrics.json was predicted to hold at most; those that can be predicted.
     """
 
     name: str
@@ -58,7 +55,7 @@ class Run:
     base: PreTrainedModel | None = field(default=None)
     kept: KeptBase | None = None
     callbacks: Sequence[TrainerCallback] = ()
-    memory: "MemoryPlan | None" = None
+    predicted_gib: Mapping[str, float] = field(default_factory=dict)
     _features: FeatureTable | None = field(default=None, init=False)
     _tags: Tags | None = field(default=None, init=False)
 
@@ -115,6 +112,10 @@ class Run:
             if self.kept is not None:
                 self.kept.keep_features(self._features.claim)
         return with_cached_features(examples, self._features)
+
+    def predicted_peak(self, part: str) -> dict[str, float]:
+        """The predicted peak of a part as a value for its metrics; none where nothing was predicted."""
+        return {"predicted_peak_gib": self.predicted_gib[part]} if part in self.predicted_gib else {}
 
     def put_metrics(self, part: str, values: dict[str, Any]) -> None:
         """Updates metrics.json and, with the same numbers, MLflow; of several processes the main one does."""

@@ -78,9 +78,8 @@ def _evaluate(run: Run, model: PreTrainedModel | PeftModel, part: str) -> None:
         "examples_per_second": len(rows) / seconds,
         "held_out_loss_seconds": loss_seconds,
         "peak_gib": peak_gib(),
+        **run.predicted_peak(part),
     }
-    if run.memory is not None:
-        cost["predicted_peak_gib"] = run.memory.evaluation_gib(has_adapter=part == "finetuned")
     run.put_metrics("cost", {part: cost})
     first = next(iter(statistics.values()))
     print(f"{part}: {first.label} {first.value:.4f} on {len(rows)} examples", flush=True)

@@ -77,6 +77,11 @@ class MemoryPlan:
         answering = answering_parts(self.needs, self._num_prompts_at_a_time(), has_adapter)
         return max(sum(answering.values()), sum(held_out_parts(self.needs, has_adapter).values())) / GIB
 
+    def peaks_gib(self) -> dict[str, float]:
+        """Predicted peaks in GiB by part of a run; a training in pieces is not among them."""
+        evaluations = {"baseline": self.evaluation_gib(False), "finetuned": self.evaluation_gib(True)}
+        return evaluations if self.trained_in_pieces else {**evaluations, "train": self.training_gib()}
+
     def fits(self) -> bool:
         """Whether the card has room; a run without a card always fits."""
         return self.card is None or self.needed_bytes() <= self.card.free_bytes

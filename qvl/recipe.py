@@ -255,7 +255,8 @@ def _run_stages(
         if processes.is_main():
             write_text_atomically(folder / "settings.yaml", settings.to_yaml())
         active = Run(recipe.name, settings, folder, data, processing_class, record, recipe.scores)
-        active.kept, active.callbacks, active.memory = kept, callbacks, memory
+        active.kept, active.callbacks = kept, callbacks
+        active.predicted_gib = memory.peaks_gib() if memory else {}
         try:
             for stage in settings.recipe.stages:
                 _run_stage(active, stage, resume_from)

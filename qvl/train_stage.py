@@ -121,9 +121,7 @@ def _train_adapter(run: Run, resume_from: Path | None) -> None:
             verdicts.append(check_base_kept(before_adapter, _distributions_of_first(run, model, rows)))
     weights = trained_weights(model) if kind is not Sharding.NOTHING else None
     on_main(lambda: save_adapter(run, model, weights))
-    plan = run.memory
-    predicted = {"predicted_peak_gib": plan.training_gib()} if plan and not plan.trained_in_pieces else {}
-    run.put_metrics("train", {**result.summary, **predicted, **_cost_of(generations, result.summary)})
+    run.put_metrics("train", {**result.summary, **run.predicted_peak("train"), **_cost_of(generations, result.summary)})
     if is_main():
         run_folder.update_checks(run.folder, [check.as_dict() for check in verdicts])
     take_off(model)
