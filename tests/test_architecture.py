@@ -1,6 +1,8 @@
 """Who may import whom, and what importing costs."""
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 import time
@@ -29,6 +31,17 @@ def imported_packages(nodes: Iterable[ast.AST]) -> set[str]:
     return packages
 
 
+def modules_of_qvl_named_in(path: Path, known: set[str]) -> set[str]:
+    """Modules of qvl that a file imports anywhere, for types alone too."""
+    named = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "qvl":
+            named |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+        elif isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+    return {name.removeprefix("qvl.") for name in named} & known
+
+
 def everywhere_in(path: Path) -> set[str]:
     return imported_packages(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
@@ -53,6 +66,34 @@ def test_qvl_imports_neither_ray_nor_what_stands_above_it(project: Path) -> None
         if (wrong := everywhere_in(path) & {"ray", "recipes", "ray_jobs"})
     }
     assert offenders == {}
+
+
+@pytest.fixture(scope="module")
+def imported(project: Path) -> dict[str, set[str]]:
+    """Of each module of qvl those that it imports."""
+    paths = {path.stem: path for path in modules_below(project, "qvl") if path.stem != "__init__"}
+    found = {name: modules_of_qvl_named_in(path, set(paths)) for name, path in paths.items()}
+    assert {"active_run", "adapters"} <= found["train_stage"]
+    return found
+
+
+def test_imports_within_qvl_have_no_circle(imported: dict[str, set[str]]) -> None:
+    # Raises CycleError, which names the modules of a circle.
+    assert len(list(graphlib.TopologicalSorter(imported).static_order())) == len(imported)
+
+
+def test_the_groups_of_modules_are_those_of_contributing(project: Path, imported: dict[str, set[str]]) -> None:
+    text = (project / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    groups = text.split("There are five groups of modules", 1)[1].split("###", 1)[0].split("\n1. ", 1)[1]
+    listed = [
+        (name, number)
+        for number, group in enumerate(re.split(r"\n\d\. ", groups))
+        for name in re.findall(r"`(\w+)`", group)
+    ]
+    assert sorted(name for name, _ in listed) == sorted(imported), "each of them once"
+    group_of = dict(listed)
+    upwards = [(name, other) for name in imported for other in imported[name] if group_of[other] > group_of[name]]
+    assert upwards == []
 
 
 def test_recipes_import_only_the_standard_library_and_qvl(project: Path) -> None:
