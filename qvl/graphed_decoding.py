@@ -26,7 +26,7 @@ CACHE_MULTIPLE_TOKENS = 16
 class GraphedDecoding:
     """Decodes with a static cache; the step is captured once and replayed for every token and every later batch.
 
-    Without CUDA every step runs as it is.
+    Without CUDA every step runs as it is, and over 8-bit layers, which ask the device for outliers.
 
     Batches of one object have to be of one size, and none longer than the first: sort the longest first.
 
@@ -98,6 +98,7 @@ class GraphedDecoding:
 
     def _step(self, model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
         """Logits (batch, 1, vocabulary) of one more token; the memory is written again by the next call."""
+        self._can_capture &= not getattr(model, "is_loaded_in_8bit", False)
         if self._graph is None and (self._is_first or not self._can_capture):
             # The first step runs as it is: libraries make their workspaces, which must not happen in a capture.
             self._is_first = False
@@ -162,9 +163,20 @@ def _captured(work: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, t
         try:
             result = work()
         except BaseException:
-            with suppress(RuntimeError):
-                graph.capture_end()
+            _abandon(graph)
             raise
         graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
     return graph, result
+
+
+def _abandon(graph: torch.cuda.CUDAGraph) -> None:
+    """Ends a capture that failed.
+
+    Torch leaves the generator in it: the first dropout of a training would fail ("Offset increment outside graph
+    capture").
+    """
+    with suppress(RuntimeError):
+        graph.capture_end()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
