@@ -356,6 +356,8 @@ def quieten_and_tame_libraries() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # bitsandbytes asks at every import for an optional package that only speeds up 4-bit on a CPU.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # And its 8-bit layers tell at every call that they round fp16 copies of what is not fp16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     # Raised inside transformers by calls of peft and trl, which follow the renaming in their own time.
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*gradient_checkpointing.* is deprecated")
 

@@ -1,5 +1,6 @@
 """The base model in the form it trains in, for the time of the training."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -13,11 +14,13 @@ from qvl.collators import CompletionCollator
 from qvl.compiled_layers import can_compile, compiled_layers, layers_of, scale_by_tensors
 from qvl.fp8 import quantize_frozen_base
 from qvl.models import switch_checkpointing_off
+from qvl.processes import num_processes
 from qvl.seeded_dropout import seed_dropout
 from qvl.segment_attention import use_sdpa, use_segment_attention
 from qvl.settings import Settings
 from qvl.sharding import gather_at_once, sharding
 from qvl.shared_prefix import SharedPrefixCollator
+from qvl.trained_parts import names_of_trained_parts
 
 
 def trains_compiled(settings: Settings) -> bool:
@@ -41,14 +44,33 @@ def wants_compiled(settings: Settings) -> bool:
 
 
 def checkpointing_arguments(settings: Settings) -> dict[str, Any]:
-    """What the trainer is told of activation checkpointing: that there is none, where compiled layers see to it."""
+    """What the trainer is told of activation checkpointing: its kind, or none where compiled layers see to it."""
     if unsloth_loader.is_chosen(settings):
         return unsloth_loader.checkpointing_arguments()
-    if not trains_compiled(settings):
-        return {}
-    # The name that transformers has had since 5.23, and the older one.
-    names = ("activation_checkpointing", "gradient_checkpointing")
-    return {name: False for name in names if hasattr(settings.training, name)}
+    if trains_compiled(settings):
+        return _under_both_names(settings, "checkpointing", False)
+    if checkpoints_anew(settings):
+        return _under_both_names(settings, "checkpointing_kwargs", {"use_reentrant": True})
+    return {}
+
+
+def checkpoints_anew(settings: Settings) -> bool:
+    """Whether layers run without a graph first, and again with one in the backward pass (re-entrant checkpointing).
+
+    bitsandbytes' 8-bit layers hold on to what they read without telling autograd: upstream's kind of checkpointing
+    would keep all of it. With parts that are trained whole it is upstream's in several processes: DDP then looks for
+    parameters without a gradient, and fails with this one.
+    """
+    training = settings.training
+    searches = num_processes() > 1 and bool(names_of_trained_parts(settings))
+    is_open = bool(training.gradient_checkpointing) and not training.gradient_checkpointing_kwargs
+    return settings.model.load_in_8bit and is_open and not searches
+
+
+def _under_both_names(settings: Settings, end: str, value: Any) -> dict[str, Any]:
+    """An argument of activation checkpointing by the name that transformers has had since 5.23, and the older one."""
+    names = (f"activation_{end}", f"gradient_{end}")
+    return {name: value for name in names if hasattr(settings.training, name)}
 
 
 @contextmanager
@@ -69,12 +91,21 @@ def training_form(
     if has_segments:
         use_segment_attention(base)
     try:
-        with _compiled_if_wanted(run.settings, base):
+        with _compiled_if_wanted(run.settings, base), _without_word_of_the_tower(run.settings):
             yield
     finally:
         if has_segments:
             use_sdpa(base)
         _leave_trainer(base, forward)
+
+
+@contextmanager
+def _without_word_of_the_tower(settings: Settings) -> Iterator[None]:
+    """Re-entrant checkpointing warns at each step that the layers of a frozen tower get no gradient."""
+    with warnings.catch_warnings():
+        if checkpoints_anew(settings):
+            warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
+        yield
 
 
 def _compiled_if_wanted(settings: Settings, base: PreTrainedModel) -> AbstractContextManager[None]:
