@@ -21,6 +21,8 @@ _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Of a patch in one block of the tower without gradients, in its hidden size: rotary embeddings of queries and keys in
 # fp32, their halves and products (Qwen3-VL 37, Qwen2.5-VL 35, CLIP 30, counted by fake tensors).
 _TOWER_BYTES_PER_HIDDEN = 37
+# Of a number that bitsandbytes rounds to 8 bits: in fp16, its absolute value, whether it is an outlier.
+_ROUNDING_BYTES = 5
 # TRL's tile of logits: 4,096 targets and 32,768 tokens of the vocabulary at most.
 _TILE_TARGETS, _TILE_VOCABULARY = 4096, 32768
 # Of the held-out loss, see `qvl.held_out`: logits in fp32, their exponential, the product of both.
@@ -34,13 +36,15 @@ class Format:
     Attributes:
         compute_bytes: of a number in a matrix product.
         has_autocast: whether PEFT's fp32 adapters compute in the same format.
-        casts_inputs: whether PEFT casts what a layer reads to the adapter's fp32. Its layers over 4-bit ones leave
-            that to autocast.
+        casts_inputs: whether PEFT casts what a layer reads to the adapter's fp32. Its layers over 4-bit and 8-bit ones
+            leave that to autocast.
+        holds_inputs: whether what a layer reads stays as long as the graph does: bitsandbytes' 8-bit layers keep it.
     """
 
     compute_bytes: int
     has_autocast: bool
     casts_inputs: bool = True
+    holds_inputs: bool = False
 
 
 def saved_bytes(shape: DecoderShape, form: Format, mask_tokens: int) -> int:
@@ -56,7 +60,8 @@ def saved_bytes(shape: DecoderShape, form: Format, mask_tokens: int) -> int:
     key_value = shape.query if mask_tokens else shape.key_value
     attention = c * (2 * shape.query + 2 * key_value + mask_tokens) + _FP32 * shape.num_heads
     mlp = 3 * c * shape.intermediate  # gate, its SiLU, up
-    return _norm_bytes(shape) + attention + mlp + _lora_bytes(shape, form)
+    held = _held_bytes(shape, form) if form.holds_inputs else 0
+    return _norm_bytes(shape) + attention + mlp + _lora_bytes(shape, form) + held
 
 
 def kept_bytes(shape: DecoderShape, form: Format, mode: Mode, mask_tokens: int) -> int:
@@ -95,6 +100,8 @@ def passing_bytes(
         return num_tokens * one + unpacked_bytes
     saved = num_tokens * saved_bytes(shape, form, mask_tokens) if mode == "checkpointed" else 0
     least = num_tokens * max(_adapting_bytes(shape, form, mode), _activating_bytes(shape, form, mode))
+    if form.holds_inputs:
+        least = max(least, num_tokens * _rounding_bytes(shape, form, mode))
     if form.casts_inputs:
         return saved + least + unpacked_bytes
     # The unpacked weight is gone when LoRA's matrices have their turn.
@@ -161,7 +168,8 @@ def _adapting_bytes(shape: DecoderShape, form: Format, mode: Mode) -> int:
     cast = _FP32 * shape.intermediate if is_adapted and c < _FP32 and form.casts_inputs else 0
     dropped = _FP32 * shape.intermediate if cast and shape.dropout else 0
     # The projection's input, where it is not what LoRA has saved.
-    read = 0 if is_adapted and not cast and not shape.dropout else c * shape.intermediate
+    is_saved = form.holds_inputs or (is_adapted and not cast and not shape.dropout)
+    read = 0 if is_saved else c * shape.intermediate
     if mode == "checkpointed":
         # Computing again ends with the last saved tensor. Residual, norm, the base's output, and the two gradients.
         return read + cast + dropped + 5 * c * shape.hidden
@@ -182,6 +190,16 @@ def _multiplying_bytes(shape: DecoderShape, form: Format, mode: Mode) -> int:
     forward = (0 if is_adapted else wide) + (3 + again) * c * shape.hidden
     backward = wide + (1 if again else 2) * c * shape.hidden
     return max(forward, backward) - mask
+
+
+def _rounding_bytes(shape: DecoderShape, form: Format, mode: Mode) -> int:
+    """What one token needs while the last projection's input is rounded to 8 bits, in the forward pass.
+
+    A copy in fp16, its absolute values, and which of them are outliers. LoRA has not saved anything of the projection.
+    """
+    c, again = form.compute_bytes, 2 if mode == "checkpointed" else 0
+    unsaved = c + 1 if "down_proj" in shape.adapted and shape.dropout else 0
+    return (_ROUNDING_BYTES - unsaved) * shape.intermediate + (3 + again) * c * shape.hidden
 
 
 def _activating_bytes(shape: DecoderShape, form: Format, mode: Mode) -> int:
@@ -213,6 +231,13 @@ def _lora_bytes(shape: DecoderShape, form: Format) -> int:
     # No casts: the tensors themselves, which attention has saved already in the case of `o_proj`.
     shared = sum(width * shape.hidden for group in _SHARED_INPUTS if shape.adapted.intersection(group))
     return total + shared + (width * shape.intermediate if "down_proj" in shape.adapted else 0)
+
+
+def _held_bytes(shape: DecoderShape, form: Format) -> int:
+    """What the projections read, as far as nobody else saves it: `o_proj` reads what attention has saved."""
+    sizes = [(group, shape.hidden) for group in _SHARED_INPUTS] + [(("down_proj",), shape.intermediate)]
+    held = sum(size for group, size in sizes if shape.dropout or not shape.adapted.intersection(group))
+    return form.compute_bytes * held
 
 
 def _adapted_inputs(shape: DecoderShape) -> int:

@@ -14,6 +14,7 @@ from qvl.graphed_decoding import CACHE_MULTIPLE_TOKENS
 from qvl.memory_shapes import DecoderShape, TowerShape
 from qvl.memory_weights import Packing, TrainedCounts, WeightPart
 
+_PACKED_BY_BITSANDBYTES = ("4-bit", "nested 4-bit", "8-bit")
 # Of cuBLAS, on GPUs of compute capability 9.0; a quarter of it below.
 _WORKSPACE_BYTES = 32 * 2**20
 _PIXEL_BYTES_TRAINING = 4
@@ -106,8 +107,8 @@ class Needs:
     @property
     def layer_format(self) -> Format:
         """In which the decoder's layers train as the run packs them."""
-        casts = not (self.training_format.has_autocast and self.packing in ("4-bit", "nested 4-bit"))
-        return replace(self.training_format, casts_inputs=casts)
+        leaves_casts = self.training_format.has_autocast and self.packing in _PACKED_BY_BITSANDBYTES
+        return replace(self.training_format, casts_inputs=not leaves_casts, holds_inputs=self.packing == "8-bit")
 
     def with_batch_size(self, batch_size: int) -> "Needs":
         """The same with another training batch."""
@@ -120,8 +121,7 @@ def training_parts(needs: Needs) -> dict[str, int]:
     num_tokens = needs.batch_size * rows.train
     mask = rows.train if needs.has_mask else 0
     kept = num_tokens * activations.kept_bytes(shape, form, needs.mode, mask) + _kept_of_tower(needs)
-    is_unpacked = needs.packing in ("4-bit", "nested 4-bit", "8-bit")
-    unpacked = needs.largest_layer * form.compute_bytes if is_unpacked else 0
+    unpacked = needs.largest_layer * form.compute_bytes if needs.packing in _PACKED_BY_BITSANDBYTES else 0
     passing = activations.passing_bytes(shape, form, needs.mode, num_tokens, mask, unpacked)
     loss = activations.loss_bytes(shape, form, num_tokens, needs.batch_size * rows.train_targets)
     features = needs.batch_size * rows.train_visual * _feature_bytes(needs, form.compute_bytes)

@@ -85,19 +85,20 @@ def count_step(
     has_mask: bool,
     with_backward: bool = False,
     checkpointing: bool = False,
-    in_4bit: bool = False,
+    bits: int = 16,
 ) -> Counted:
     """Runs the decoder layers of a configuration with LoRA on them as they train on CUDA, on fake tensors.
 
     The device is the CPU by name, since the backward of fake CUDA tensors needs a driver; dropout and attention are the
     operators that CUDA's are, and save what they save there.
     """
-    empty = _in_4bit(skeleton(config), dtype) if in_4bit else skeleton(config)
+    empty = skeleton(config) if bits == 16 else _packed(skeleton(config), dtype, bits)
     model = get_peft_model(empty, lora).train()
     base = model.get_base_model()
     if checkpointing:
         enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        # As qvl does it: over 8-bit layers the other kind would keep what they hold on to.
+        enable({"use_reentrant": bits == 8})
     decoder, text = base.get_decoder(), config.get_text_config(decoder=True)
     with _fake_cuda_operators():
         _make_fake(model, dtype)
@@ -121,21 +122,19 @@ def count_step(
         return Counted(num_saved, alive.peak)
 
 
-def _in_4bit(empty: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def _packed(empty: PreTrainedModel, dtype: torch.dtype, bits: int) -> PreTrainedModel:
     """The same with bitsandbytes' layers in the place of the decoder's linear ones."""
     decoder: Any = empty.get_decoder()
     for name, layer in [(name, layer) for name, layer in decoder.named_modules() if isinstance(layer, nn.Linear)]:
-        packed = bnb.nn.Linear4bit(
-            layer.in_features,
-            layer.out_features,
-            bias=layer.bias is not None,
-            compute_dtype=dtype,
-            quant_type="nf4",
-            device="meta",
+        sizes, has_bias = (layer.in_features, layer.out_features), layer.bias is not None
+        decoder.set_submodule(
+            name,
+            bnb.nn.Linear4bit(*sizes, bias=has_bias, compute_dtype=dtype, quant_type="nf4", device="meta")
+            if bits == 4
+            else bnb.nn.Linear8bitLt(*sizes, bias=has_bias, has_fp16_weights=False, threshold=6.0, device="meta"),
         )
-        decoder.set_submodule(name, packed)
     # By this PEFT chooses its own layers for them.
-    cast(Any, empty).is_loaded_in_4bit = True
+    setattr(cast(Any, empty), f"is_loaded_in_{bits}bit", True)
     return empty
 
 
@@ -143,7 +142,10 @@ def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
     """Fake tensors in the place of those on the meta device; what is trained is fp32."""
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            _pack_fake(module, dtype)
+            _pack_fake_4bit(module, dtype)
+            continue
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            _pack_fake_8bit(module, dtype)
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
             kind = torch.float32 if parameter.requires_grad else dtype
@@ -153,7 +155,7 @@ def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _pack_fake(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> None:
+def _pack_fake_4bit(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> None:
     size = layer.in_features * layer.out_features
     weight: Any = nn.Parameter(torch.empty(size // 2, 1, dtype=torch.uint8), requires_grad=False)
     scales = torch.empty(size // 64)
@@ -161,6 +163,16 @@ def _pack_fake(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> None:
         scales, (layer.out_features, layer.in_features), torch.empty(16), 64, "nf4", dtype
     )
     layer.weight = weight
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(torch.empty(layer.out_features, dtype=dtype), requires_grad=False)
+
+
+def _pack_fake_8bit(layer: bnb.nn.Linear8bitLt, dtype: torch.dtype) -> None:
+    packed = torch.empty(layer.out_features, layer.in_features, dtype=torch.int8)
+    weight: Any = nn.Parameter(packed, requires_grad=False)
+    weight.CB = None
+    layer.weight = weight
+    layer.state.CB, layer.state.SCB = packed, torch.empty(layer.out_features)
     if layer.bias is not None:
         layer.bias = nn.Parameter(torch.empty(layer.out_features, dtype=dtype), requires_grad=False)
 
@@ -176,6 +188,8 @@ def _fake_cuda_operators() -> Iterator[None]:
         patch.object(functional, "dropout", _dropout),
         patch.object(functional, "scaled_dot_product_attention", _attention),
         patch.object(_bitsandbytes.gemm_4bit, "default", _product_4bit),
+        patch.object(bnb.functional, "int8_vectorwise_quant", _rounded_rows),
+        patch.object(_bitsandbytes, "int8_mixed_scaled_mm", _product_8bit),
         patch.object(torch, "is_autocast_enabled", lambda device="cpu": is_autocast_enabled(device)),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
@@ -198,6 +212,20 @@ def _product_4bit(
     """As on GPUs from some dozens of tokens on: the weight is unpacked whole for an ordinary product."""
     weight = _bitsandbytes.dequantize_4bit.default(packed, scales, blocksize, kind, shape, x.dtype)
     return functional.linear(x, weight, bias)
+
+
+def _rounded_rows(x: torch.Tensor, threshold: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As the kernel of CUDA does it, where no number is an outlier."""
+    (x.abs() >= threshold).any()
+    return torch.empty_like(x, dtype=torch.int8), torch.empty(x.shape[0]), torch.empty(0, dtype=torch.int64)
+
+
+def _product_8bit(
+    x: torch.Tensor, rounded: torch.Tensor, packed: torch.Tensor, *others: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole numbers, which are scaled in fp16 and cast."""
+    product = torch.empty(len(x), len(packed), dtype=torch.int32)
+    return torch.empty_like(product, dtype=torch.float16).to(x.dtype), torch.empty(0, dtype=x.dtype)
 
 
 def _attention(

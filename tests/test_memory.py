@@ -59,29 +59,30 @@ def plan_of(name: str, gib: float, *argv: str, rows: LongestRows = PHOTO) -> Mem
 
 # Shapes of full size, a row of each family that recipes use.
 LAYERS = [
-    ("Qwen3-VL-8B", 0.05, True, torch.bfloat16, False),
-    ("Qwen3-VL-8B", 0.0, False, torch.bfloat16, False),
-    ("Qwen3-VL-8B", 0.0, True, torch.float32, False),
-    ("Qwen3-VL-8B", 0.05, True, torch.bfloat16, True),
-    ("Qwen2.5-VL-7B", 0.05, True, torch.bfloat16, False),
-    ("Qwen2.5-VL-7B", 0.05, False, torch.float32, False),
-    ("Qwen2.5-VL-7B", 0.0, True, torch.bfloat16, True),
-    ("Qwen3-4B", 0.05, False, torch.bfloat16, False),
-    ("Qwen3-4B", 0.0, False, torch.bfloat16, True),
-    ("CLIP + Qwen3-14B", 0.0, True, torch.bfloat16, False),
+    ("Qwen3-VL-8B", 0.05, True, torch.bfloat16, 16),
+    ("Qwen3-VL-8B", 0.0, False, torch.bfloat16, 16),
+    ("Qwen3-VL-8B", 0.0, True, torch.float32, 16),
+    ("Qwen3-VL-8B", 0.05, True, torch.bfloat16, 4),
+    ("Qwen2.5-VL-7B", 0.05, True, torch.bfloat16, 16),
+    ("Qwen2.5-VL-7B", 0.05, False, torch.float32, 16),
+    ("Qwen2.5-VL-7B", 0.0, True, torch.bfloat16, 4),
+    ("Qwen3-4B", 0.05, False, torch.bfloat16, 16),
+    ("Qwen3-4B", 0.0, False, torch.bfloat16, 4),
+    ("CLIP + Qwen3-14B", 0.0, True, torch.bfloat16, 16),
+    ("Qwen3-VL-8B", 0.0, True, torch.bfloat16, 8),
 ]
 
 
-@pytest.mark.parametrize(("name", "dropout", "has_mask", "dtype", "in_4bit"), LAYERS)
+@pytest.mark.parametrize(("name", "dropout", "has_mask", "dtype", "bits"), LAYERS)
 def test_a_layer_saves_what_the_formula_says(
-    name: str, dropout: float, has_mask: bool, dtype: torch.dtype, in_4bit: bool
+    name: str, dropout: float, has_mask: bool, dtype: torch.dtype, bits: int
 ) -> None:
     config = shape(name, num_layers=1, vocabulary=1000)
     lora = lora_config(skeleton(config), settings_of_recipe("--lora_dropout", str(dropout)))
     sizes = decoder_shape(skeleton(config), lora)
     assert sizes is not None
-    counted = count_step(config, lora, dtype, 4, 512, has_mask, in_4bit=in_4bit)
-    form = Format(dtype.itemsize, has_autocast=dtype == torch.bfloat16, casts_inputs=not in_4bit)
+    counted = count_step(config, lora, dtype, 4, 512, has_mask, bits=bits)
+    form = Format(dtype.itemsize, has_autocast=dtype == torch.bfloat16, casts_inputs=bits == 16)
     assert 4 * 512 * saved_bytes(sizes, form, 512 if has_mask else 0) == pytest.approx(counted.saved, rel=0.02)
 
 
@@ -98,24 +99,30 @@ def test_layers_with_fewer_adapters_save_less(targets: list[str]) -> None:
 # With few tokens the weight that 4-bit layers unpack is what makes the peak, with many it is LoRA's own tensors, and
 # without LoRA on the last projection the gradients of the activation.
 ATTENTION_ALONE = "--lora_target_modules q_proj v_proj"
-STEPS: list[tuple[str, Mode, str, bool, int]] = [
-    ("Qwen3-VL-8B", "kept", "", False, 4),
-    ("Qwen2.5-VL-7B", "checkpointed", "", False, 4),
-    ("Qwen3-VL-8B", "checkpointed", "--lora_dropout 0", False, 4),
-    ("Qwen3-4B", "checkpointed", ATTENTION_ALONE, False, 4),
-    ("Qwen3-VL-8B", "kept", "", True, 1),
-    ("Qwen3-VL-8B", "checkpointed", "", True, 1),
-    ("Qwen3-VL-2B", "kept", "", True, 8),
-    ("Qwen3-VL-2B", "checkpointed", "", True, 8),
-    ("Qwen2.5-VL-7B", "kept", "--lora_dropout 0", True, 4),
-    ("Qwen3-4B", "checkpointed", "--lora_dropout 0", True, 4),
-    ("Qwen3-4B", "kept", ATTENTION_ALONE, True, 8),
+STEPS: list[tuple[str, Mode, str, int, int]] = [
+    ("Qwen3-VL-8B", "kept", "", 16, 4),
+    ("Qwen2.5-VL-7B", "checkpointed", "", 16, 4),
+    ("Qwen3-VL-8B", "checkpointed", "--lora_dropout 0", 16, 4),
+    ("Qwen3-4B", "checkpointed", ATTENTION_ALONE, 16, 4),
+    ("Qwen3-VL-8B", "kept", "", 4, 1),
+    ("Qwen3-VL-8B", "checkpointed", "", 4, 1),
+    ("Qwen3-VL-2B", "kept", "", 4, 8),
+    ("Qwen3-VL-2B", "checkpointed", "", 4, 8),
+    ("Qwen2.5-VL-7B", "kept", "--lora_dropout 0", 4, 4),
+    ("Qwen3-4B", "checkpointed", "--lora_dropout 0", 4, 4),
+    ("Qwen3-4B", "kept", ATTENTION_ALONE, 4, 8),
+    ("Qwen3-VL-2B", "kept", "", 8, 8),
+    ("Qwen3-VL-2B", "checkpointed", "", 8, 8),
+    ("Qwen2.5-VL-7B", "checkpointed", "", 8, 4),
+    ("Qwen3-4B", "kept", "--lora_dropout 0", 8, 4),
+    ("Qwen3-4B", "checkpointed", "--lora_dropout 0", 8, 4),
+    ("Qwen3-4B", "kept", ATTENTION_ALONE, 8, 8),
 ]
 
 
-@pytest.mark.parametrize(("name", "mode", "flags", "in_4bit", "num_rows"), STEPS)
+@pytest.mark.parametrize(("name", "mode", "flags", "bits", "num_rows"), STEPS)
 def test_a_step_through_several_layers_peaks_where_the_formula_says(
-    name: str, mode: Mode, flags: str, in_4bit: bool, num_rows: int
+    name: str, mode: Mode, flags: str, bits: int, num_rows: int
 ) -> None:
     config = shape(name, num_layers=2, vocabulary=1000)
     empty = skeleton(config)
@@ -131,10 +138,10 @@ def test_a_step_through_several_layers_peaks_where_the_formula_says(
         has_mask=True,
         with_backward=True,
         checkpointing=mode == "checkpointed",
-        in_4bit=in_4bit,
+        bits=bits,
     )
-    form = Format(2, has_autocast=True, casts_inputs=not in_4bit)
-    unpacked = largest_packed_layer(empty) * 2 if in_4bit else 0
+    form = Format(2, has_autocast=True, casts_inputs=bits == 16, holds_inputs=bits == 8)
+    unpacked = largest_packed_layer(empty) * 2 if bits < 16 else 0
     # Copies of the adapter in 16 bits, and its gradients as they come.
     beside = count_trained(empty, lora).num_trained * 2
     num_tokens = num_rows * 512
