@@ -15,7 +15,7 @@ from qvl.files import write_jsonl_atomically
 from qvl.metrics import score
 from qvl.picture_grid import Card, picture_grid
 from qvl.processes import is_main
-from qvl.run_folder import SAMPLES_FILE, rows_before_checkpoint
+from qvl.run_folder import SAMPLES_FILE, SAMPLES_FOLDER, rows_before_checkpoint
 
 _NUM_PICTURES = 8
 
@@ -85,7 +85,7 @@ class EvalGenerations:
             reference = row["references"][0] if row["references"] else ""
             cards.append(Card(images[0] if images else None, row["prompt"], reference, row["prediction"]))
         grid = picture_grid(cards, f"step {step}   {scores}")
-        folder = self.run.folder / "samples"
+        folder = self.run.folder / SAMPLES_FOLDER
         folder.mkdir(exist_ok=True)
         in_writing = folder / ".step.png"
         grid.save(in_writing)

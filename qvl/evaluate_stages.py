@@ -73,6 +73,9 @@ def _evaluate(run: Run, model: PreTrainedModel | PeftModel, part: str) -> None:
     # Before they are scored: a recipe's own score may fail.
     write_jsonl_atomically(run.folder / f"{part}_predictions.jsonl", rows)
     statistics = _score(run, part, rows)
+    # Of what was answered before: the stage report compares again.
+    run.put_metrics("difference", {})
+    (run.folder / "report.html").unlink(missing_ok=True)
     cost = {
         "seconds": seconds,
         "examples_per_second": len(rows) / seconds,

@@ -8,7 +8,6 @@ costs nothing.
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qvl import processes, unsloth_import
+from qvl import ending_signals, processes, unsloth_import
 from qvl.errors import FailedCheckError, Terminated, UserError
 from qvl.text_scores import TextScore
 
@@ -145,7 +144,7 @@ def run(
     unsloth_import.import_if_asked(recipe.defaults, argv, overrides or {})
     from qvl import run_folder
 
-    settings, folder = _resolve(recipe, overrides or {}, argv)
+    settings, folder, own = _resolve(recipe, overrides or {}, argv)
     unsloth_import.require_usable(settings, is_base_kept=kept is not None)
     if settings.recipe.dry_run:
         from qvl.dry_run import dry_run
@@ -156,21 +155,23 @@ def run(
     processes.on_main(lambda: run_folder.prepare(folder))
     # Only a process's main thread gets signals; a trial of a sweep runs in another one.
     gets_signals = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, _terminate) if gets_signals else None
+    previous = ending_signals.take_over(_terminate) if gets_signals else {}
     try:
-        return _run_stages(recipe, settings, folder, start, kept, callbacks)
+        return _run_stages(recipe, settings, own, folder, start, kept, callbacks)
     finally:
-        if gets_signals:
-            signal.signal(signal.SIGTERM, previous)
+        ending_signals.give_back(previous)
         if processes.is_main():
             run_folder.remove_if_empty(folder)
 
 
-def _resolve(recipe: Recipe, overrides: Mapping[str, Any], argv: Sequence[str]) -> tuple["Settings", Path]:
-    """Settings and run folder. Stages that continue a run start from that run's own settings."""
+def _resolve(
+    recipe: Recipe, overrides: Mapping[str, Any], argv: Sequence[str]
+) -> tuple["Settings", Path, dict[str, Any] | None]:
+    """Settings, run folder, and the settings.yaml that a run to continue has left: its settings are started from."""
     import yaml
 
     from qvl.best_checkpoint import settle_best_checkpoint
+    from qvl.continued_run import continued
     from qvl.metrics import choose_scores
     from qvl.run_folder import choose_run_folder
     from qvl.settings import parse_settings
@@ -192,18 +193,21 @@ def _resolve(recipe: Recipe, overrides: Mapping[str, Any], argv: Sequence[str]) 
     )
     left = folder / "settings.yaml"
     text = processes.on_main(lambda: left.read_text(encoding="utf-8") if left.is_file() else None)
+    own = None
     if continues and text is not None and not settings.recipe.dry_run:
         print(f"Continuing {folder} with its settings.yaml; flags given now go above it.")
         own = yaml.safe_load(text)
         settings = parse_settings(recipe.defaults, recipe.smoke, argv, overrides, prog, continued=own)
+        settings = continued(settings, own, folder, overrides)
     settings.recipe.scores = choose_scores(settings.recipe.scores, recipe.scores)
     settle_best_checkpoint(settings, recipe.scores)
-    return settings, folder
+    return settings, folder, own
 
 
 def _run_stages(
     recipe: Recipe,
     settings: "Settings",
+    own: dict[str, Any] | None,
     folder: Path,
     start: float,
     kept: "KeptBase | None",
@@ -213,6 +217,7 @@ def _run_stages(
     from qvl.active_run import Run, load_data
     from qvl.adapter_origin import other_origin
     from qvl.adapters import require_adapter, require_modules_in_language_model
+    from qvl.continued_run import of_the_whole_run
     from qvl.files import write_text_atomically
     from qvl.fp8 import require_fp8
     from qvl.memory import memory_for_run
@@ -226,6 +231,8 @@ def _run_stages(
 
     resumes = settings.training.resume_from_checkpoint
     resume_from = run_folder.find_checkpoint(folder, resumes) if resumes else None
+    if "train" in settings.recipe.stages and not resumes:
+        processes.on_main(lambda: run_folder.require_no_checkpoint(folder))
     require_shardable(settings)
     load_whole_models()
     if "train" in settings.recipe.stages:
@@ -253,7 +260,8 @@ def _run_stages(
     with open_run(recipe.name, folder, params, store_dir=_store_dir(folder)) as record:
         # Not before MLflow is reached: a run that never began should not be the newest one to continue.
         if processes.is_main():
-            write_text_atomically(folder / "settings.yaml", settings.to_yaml())
+            whole = of_the_whole_run(settings, own) if own is not None else settings
+            write_text_atomically(folder / "settings.yaml", whole.to_yaml())
         active = Run(recipe.name, settings, folder, data, processing_class, record, recipe.scores)
         active.kept, active.callbacks = kept, callbacks
         active.predicted_gib = memory.peaks_gib() if memory else {}

@@ -15,6 +15,15 @@ from qvl.processes import num_processes
 
 OUTPUTS = Path("outputs")
 SAMPLES_FILE = "training_samples.jsonl"
+SAMPLES_FOLDER = "samples"
+_NO_METRICS: dict[str, Any] = {
+    "scores": {},
+    "baseline": None,
+    "finetuned": None,
+    "difference": {},
+    "train": {"samples_per_second": None, "seconds": None, "peak_gib": None, "final_loss": None},
+    "cost": {},
+}
 # fp32 weight and two fp32 moments of AdamW for every trained parameter.
 _CHECKPOINT_BYTES_PER_PARAMETER = 12
 _SPARE_BYTES = 256 * 2**20
@@ -129,17 +138,35 @@ def find_checkpoint(folder: Path, wanted: str) -> Path:
         if not (Path(wanted) / "trainer_state.json").is_file():
             raise UserError(f"--resume_from_checkpoint {wanted} is no complete checkpoint (no trainer_state.json).")
         return _of_as_many_processes(Path(wanted))
-    found = {
-        int(match[1]): path
-        for path in (folder / "checkpoints").glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / "trainer_state.json").is_file()
-    }
+    found = _complete_checkpoints(folder)
     if not found:
         raise UserError(
             f"{folder} holds no checkpoint to resume from: name the run with --output_dir, or start afresh without "
             "--resume_from_checkpoint. (They are removed once training is done, unless --keep_checkpoints.)"
         )
     return _of_as_many_processes(found[max(found)])
+
+
+def require_no_checkpoint(folder: Path) -> None:
+    """Stops a training that begins where another one has left checkpoints: it would be mistaken for the other.
+
+    Raises:
+        UserError: names the newest one.
+    """
+    if found := _complete_checkpoints(folder):
+        raise UserError(
+            f"{found[max(found)]} is of an earlier training: go on with that by --resume_from_checkpoint true, or "
+            f"remove {folder / 'checkpoints'}, or name another folder with --output_dir."
+        )
+
+
+def _complete_checkpoints(folder: Path) -> dict[int, Path]:
+    """By their step."""
+    return {
+        int(match[1]): path
+        for path in (folder / "checkpoints").glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / "trainer_state.json").is_file()
+    }
 
 
 def _of_as_many_processes(checkpoint: Path) -> Path:
@@ -169,18 +196,31 @@ def update_metrics(folder: Path, part: str, values: Mapping[str, Any]) -> dict[s
         The whole content.
     """
     path = folder / "metrics.json"
-    empty: dict[str, Any] = {
-        "scores": {},
-        "baseline": None,
-        "finetuned": None,
-        "difference": {},
-        "train": {"samples_per_second": None, "seconds": None, "peak_gib": None, "final_loss": None},
-        "cost": {},
-    }
-    metrics = {**empty, **(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})}
+    metrics = {**_NO_METRICS, **(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})}
     metrics[part] = {**(metrics[part] or {}), **values} if part in ("train", "cost") else dict(values)
     write_json_atomically(path, metrics)
     return metrics
+
+
+def forget_adapter(folder: Path, keeps_samples: bool) -> None:
+    """Takes away what was made with an earlier training's adapter, and the adapter: a new one is about to be trained.
+
+    Args:
+        folder: the run folder.
+        keeps_samples: the training is resumed, and answers that it gave on its way are its own.
+    """
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    for name in ("finetuned_predictions.jsonl", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+    if not keeps_samples:
+        (folder / SAMPLES_FILE).unlink(missing_ok=True)
+        shutil.rmtree(folder / SAMPLES_FOLDER, ignore_errors=True)
+    path = folder / "metrics.json"
+    if path.is_file():
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        metrics |= {key: _NO_METRICS[key] for key in ("finetuned", "difference", "train")}
+        metrics["cost"].pop("finetuned", None)
+        write_json_atomically(path, metrics)
 
 
 def update_checks(folder: Path, checks: Sequence[Mapping[str, Any]]) -> None:

@@ -98,6 +98,7 @@ def _train_adapter(run: Run, resume_from: Path | None) -> None:
             trainer.add_callback(gradients)
         for callback in (*phases, *run.callbacks):
             trainer.add_callback(callback)
+        on_main(lambda: run_folder.forget_adapter(run.folder, keeps_samples=resume_from is not None))
         log = _TrainingLog(run, resume_from)
         result = train(trainer, log.add, resume_from, run.settings.recipe.early_stopping_patience)
     if result.terminated:

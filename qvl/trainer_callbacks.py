@@ -1,6 +1,5 @@
-"""What watches a training from inside: its log, numbers that are none, and SIGTERM."""
+"""What watches a training from inside: its log, numbers that are none, and signals."""
 
-import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qvl import ending_signals
 from qvl.errors import UserError
 from qvl.processes import anywhere, flag_of_all, num_processes
 
@@ -111,19 +111,19 @@ class _OneStepLate:
 
 
 class SaveOnTermination(TrainerCallback):
-    """SIGTERM during training: finish the step, save a checkpoint, stop. `requested` then tells."""
+    """A signal to end during training: finish the step, save a checkpoint, stop. `requested` then tells."""
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
         self._answers = _OneStepLate()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes the signal over for the time of the training; trials of a sweep run in a thread, which gets none."""
+        """Takes the signals over for the time of the training; trials of a sweep run in a thread, which gets none."""
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._request)
+            self._previous = ending_signals.take_over(self._request)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
@@ -143,7 +143,6 @@ class SaveOnTermination(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Gives the signal back, and has all processes know of one that came in the last step."""
+        """Gives the signals back, and has all processes know of one that came in the last step."""
         self.requested = anywhere(self.requested, args.device)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
+        ending_signals.give_back(self._previous)
