@@ -10,6 +10,7 @@ import datasets
 from qvl.encode import ProcessingClass
 from qvl.errors import UserError
 from qvl.examples import with_columns
+from qvl.feature_store import dump_features, load_features
 from qvl.image_refs import dump_refs, load_refs
 from qvl.survey import RowLength, training_lengths
 
@@ -117,12 +118,15 @@ def _cut(row: dict[str, Any], conversation: dict[str, Any], count: int) -> dict[
     """A stored row with its first `count` answers and the images of what is left."""
     messages = first_answers(conversation["messages"], count)
     num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
-    return {
+    shorter = {
         "conversation": json.dumps({**conversation, "messages": messages}),
         "image_names": row["image_names"][:num_images],
         "image_sizes": row["image_sizes"][:num_images],
         "image_refs": dump_refs(load_refs(row["image_refs"])[:num_images]),
     }
+    if "image_features" in row:
+        shorter["image_features"] = dump_features(load_features(row["image_features"])[:num_images])
+    return shorter
 
 
 def _with_rows(dataset: datasets.Dataset, rows: Mapping[int, dict[str, Any]]) -> datasets.Dataset:

@@ -38,6 +38,8 @@ from qvl.features import (
     with_cached_features,
 )
 from qvl.generate import PromptCollator
+from qvl.survey import training_lengths
+from qvl.turns import truncate_turns
 
 pytestmark = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.18"), reason="models take no features before transformers 5.18"
@@ -262,6 +264,22 @@ def test_features_may_come_before_the_completions_are_apart(tmp_path: Path) -> N
     assert rows_of(with_cached_features(some, table)) == rows_of(some) == [late[3], late[0]]
     together = with_cached_features(train, table)
     assert [row["completions"] for row in rows_of(together)] == [row["completions"] for row in rows_of(train)]
+
+
+def test_features_go_with_turns_that_are_cut_off(tmp_path: Path) -> None:
+    train, evaluation = load(tmp_path / "data", "conversations")
+    processor = processing_class(VISION[0])
+    table = cache(tmp_path / "cache", [train, evaluation])
+    lengths = training_lengths(train, processor)
+    # The row whose picture stands in its second turn keeps the first.
+    row = [length.where for length in lengths].index("rows.jsonl:5")
+    rows = with_cached_features(train, table).select([row])
+    cut = truncate_turns(rows, [lengths[row]], lengths[row].num_tokens - 1, processor).dataset
+    assert rows[0]["images"] == with_cached_features(train, table)[row]["images"] != []
+    assert cut[0]["images"] == []
+    assert "image_features" not in CompletionCollator(processor, None)([cut[0]])
+    fresh = truncate_turns(train.select([row]), [lengths[row]], lengths[row].num_tokens - 1, processor).dataset
+    assert rows_of(with_cached_features(fresh, table)) == rows_of(cut)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
