@@ -1,14 +1,15 @@
 """What the stages of one invocation share."""
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
 from qvl import models, run_folder
 from qvl.data import DataConfig, LoadedData, load_examples
@@ -23,6 +24,7 @@ from qvl.processes import is_main
 from qvl.rows import RowToExample
 from qvl.settings import Settings
 from qvl.sharding import Sharding, loading_in_pieces, sharding
+from qvl.survey import size_refusal
 from qvl.text_scores import TextScore
 from qvl.tracking import RunRecord
 
@@ -125,8 +127,16 @@ class Run:
         self.record.log_metrics(run_folder.flat_metrics({part: whole[part]}))
 
 
-def load_data(settings: Settings, row_to_example: RowToExample | None) -> LoadedData:
+def load_data(
+    settings: Settings, row_to_example: RowToExample | None, processing_class: ProcessingClass | None
+) -> LoadedData:
     """The rows the settings name, as examples.
+
+    Args:
+        settings: of the run.
+        row_to_example: the recipe's own piece.
+        processing_class: the run's; a row with an image that it refuses for its size is a bad row. None where it
+            cannot be had, and images of every size are taken.
 
     Raises:
         UserError: unreachable data, unknown splits or columns, bad rows.
@@ -152,5 +162,14 @@ def load_data(settings: Settings, row_to_example: RowToExample | None) -> Loaded
         skip_bad_rows=flags.skip_bad_rows,
         allow_remote_images=flags.allow_remote_images,
         allow_outside_images=flags.allow_outside_images,
+        size_refusal=_size_refusal(settings, processing_class),
     )
     return load_examples(config, row_to_example)
+
+
+def _size_refusal(
+    settings: Settings, processing_class: ProcessingClass | None
+) -> Callable[[int, int], str | None] | None:
+    if isinstance(processing_class, ProcessorMixin) and settings.recipe.vision_mode != "text":
+        return partial(size_refusal, processing_class)
+    return None

@@ -146,8 +146,9 @@ def prepare(
         )
     except UserError as error:
         raise UserError(f"{case.name}: {error}") from error
-    data = load_data(settings, recipe.row_to_example)
-    return Prepared(case, settings, load_processing_class(settings), data, folder, has_random_weights)
+    processing_class = load_processing_class(settings)
+    data = load_data(settings, recipe.row_to_example, processing_class)
+    return Prepared(case, settings, processing_class, data, folder, has_random_weights)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What a run asks of its data: one settings object, filled from the command line by `qvl.recipe`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from qvl.errors import UserError
@@ -47,6 +48,8 @@ class DataConfig:
         allow_outside_images: accept relative image paths that leave the data folder.
         dataset_revision: the hub data set's commit, branch or tag.
         datasets: several data sets instead of `dataset_name`, mixed by weight.
+        size_refusal: of a width and a height in pixels says why the model takes no image of that size; None where it
+            does. Without it every size is taken.
     """
 
     dataset_name: str
@@ -65,6 +68,7 @@ class DataConfig:
     allow_outside_images: bool = False
     dataset_revision: str | None = None
     datasets: tuple[MixedSet, ...] = ()
+    size_refusal: Callable[[int, int], str | None] | None = None
 
     def __post_init__(self) -> None:
         """Refuses counts below one.

@@ -40,7 +40,7 @@ def dry_run(settings: Settings, row_to_example: RowToExample | None, folder: Pat
     except HubError as error:
         print(f"\nModel not looked at: {error}")
     try:
-        data = load_data(settings, row_to_example)
+        data = load_data(settings, row_to_example, processing_class)
         print("\n" + "\n".join(data.summary.lines()))
         if processing_class is not None:
             print("\n".join(_describe_rows(data, settings, processing_class)))

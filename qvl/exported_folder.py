@@ -24,7 +24,7 @@ from qvl.memory_use import give_back_unused
 from qvl.model_card import Exported, model_card
 from qvl.parity import NUM_PROMPTS, NUM_TOKENS, Said, check_parity, describe_difference, listen
 from qvl.settings import parse_settings
-from qvl.trained_model import TrainedModel, load_trained
+from qvl.trained_model import TrainedModel, load_trained, own_processing_class
 
 _GREEDY = {"max_new_tokens": NUM_TOKENS}
 _IN_FULL = {"load_in_4bit": False, "load_in_8bit": False}
@@ -185,7 +185,7 @@ def _data_of_run(adapter: Path, own: Mapping[str, Any]) -> LoadedData:
     try:
         # Only the data matter here: the precision of the run need not be one of this machine.
         settings = parse_settings({}, {}, [], {"bf16": False, "fp16": False, "dtype": "float32"}, continued=own)
-        return load_data(settings, None)
+        return load_data(settings, None, own_processing_class(settings, adapter))
     except UserError as error:
         raise UserError(f"The run's data cannot be read here: {error} Name prompts with --prompts FILE.") from error
 

@@ -252,7 +252,7 @@ def _run_stages(
     if adapter is not None:
         for difference in other_origin(adapter, settings, processing_class, getattr(config, "_commit_hash", None)):
             print(f"Warning, {adapter}: {difference}", flush=True)
-    data = load_data(settings, recipe.row_to_example)
+    data = load_data(settings, recipe.row_to_example, processing_class)
     print("\n".join(data.summary.lines()), flush=True)
     memory = memory_for_run(settings, config, data, processing_class)
     print(f"Run folder: {folder}", flush=True)

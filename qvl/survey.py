@@ -11,7 +11,7 @@ from transformers import ProcessorMixin
 
 from qvl.data import prompt_messages
 from qvl.encode import ProcessingClass, Segment, prompt_text, segments, tokenizer_of
-from qvl.errors import UserError
+from qvl.errors import UserError, first_line
 from qvl.examples import undecoded_examples
 
 _ROWS_PER_BATCH = 256
@@ -183,3 +183,15 @@ def _visual_tokens(row: dict[str, Any], text: str, processing_class: ProcessingC
 def num_visual_tokens(processing_class: ProcessorMixin, height: int, width: int) -> int:
     """Visual tokens that a processor makes of an image of this size in pixels, EXIF rotation applied."""
     return int(processing_class._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0])
+
+
+def size_refusal(processing_class: ProcessorMixin, width: int, height: int) -> str | None:
+    """Why a processor takes no image of this size in pixels, in its own words; None where it does.
+
+    Qwen's refuse images more than 200 times as long as wide; CLIP's take any.
+    """
+    try:
+        num_visual_tokens(processing_class, height, width)
+    except ValueError as error:
+        return first_line(error)
+    return None

@@ -104,8 +104,7 @@ def load_trained(folder: Path, base_only: bool, flags: Mapping[str, Any]) -> Tra
         require_adapter(folder)
     settings = _settings(folder, merged, flags)
     torch.manual_seed(settings.training.seed)
-    has_own_template = any((folder / name).is_file() for name in ("processor_config.json", "tokenizer_config.json"))
-    processing_class = load_processing_class(settings, folder if has_own_template else None)
+    processing_class = own_processing_class(settings, folder)
     base = load_base(settings, settings.training.device)
     commit = getattr(base.config, "_commit_hash", None)
     warnings = [] if merged else other_origin(folder, settings, processing_class, commit)
@@ -122,6 +121,17 @@ def load_trained(folder: Path, base_only: bool, flags: Mapping[str, Any]) -> Tra
     )
     name = _name(settings, folder, merged, base_only)
     return TrainedModel(model.eval(), processing_class, decoding, name, tuple(warnings))
+
+
+def own_processing_class(settings: Settings, folder: Path) -> ProcessingClass:
+    """The processor or tokenizer that was saved beside trained weights, or where none was, the base's.
+
+    Args:
+        settings: that name the base.
+        folder: of the weights.
+    """
+    is_saved = any((folder / name).is_file() for name in ("processor_config.json", "tokenizer_config.json"))
+    return load_processing_class(settings, folder if is_saved else None)
 
 
 def _name(settings: Settings, folder: Path, merged: bool, base_only: bool) -> str:

@@ -118,7 +118,7 @@ def _try_row(
         row_id = str(own_id) if isinstance(own_id, str | int) and own_id != "" else raw.default_id
         _refuse_half_characters(record, row_id)
         refs = [_locate(value, row, raw, config) for value in record.images]
-        headers = [_header(ref, source.tables) for ref in refs]
+        headers = [_header(ref, source.tables, config) for ref in refs]
     except UserError as error:
         return error
     except Exception as error:  # a fault in the recipe's piece: keep the traceback, add the row
@@ -154,12 +154,23 @@ def _locate(value: Any, row: dict[str, Any], raw: RawRow, config: DataConfig) ->
         raise ImageError(f'image "{shortened(value)}" {error}') from error
 
 
-def _header(ref: ImageRef, tables: Mapping[str, Any]) -> ImageHeader:
+def _header(ref: ImageRef, tables: Mapping[str, Any], config: DataConfig) -> ImageHeader:
     try:
         with open_image(ref, tables) as file:
-            return read_header(file)
+            header = read_header(file)
+        _refuse_size(header, config)
+        return header
     except ImageError as error:
         raise ImageError(f'image "{shortened(ref.name)}" {error}') from error
+
+
+def _refuse_size(header: ImageHeader, config: DataConfig) -> None:
+    refusal = config.size_refusal and config.size_refusal(header.width, header.height)
+    if refusal:
+        raise ImageError(
+            f"is {header.width} x {header.height} pixels, which the model's processor refuses ({refusal}): crop it or "
+            "remove the row"
+        )
 
 
 def refuse_bad_rows(splits: list[CheckedRows], config: DataConfig) -> None:

@@ -328,6 +328,25 @@ def test_what_lies_beside_an_adapter_is_not_given_to_others(place: Path, tmp_pat
     assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") != "left there"
 
 
+def test_rows_that_the_run_went_past_are_no_prompts(tmp_path: Path) -> None:
+    adapter = make_adapter(KINDS[0], tmp_path / "run" / "adapter")
+    rows = []
+    for number, (width, split) in enumerate([(64, "train"), (600, "test"), (32, "test"), (48, "test")]):
+        picture(width, 2).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "instruction": QUESTION, "response": "Noise.", "split": split})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    own = {
+        "model_name_or_path": KINDS[0],
+        "dataset_name": str(tmp_path / "rows.jsonl"),
+        "dataset_test_split": "test",
+        "skip_bad_rows": True,
+    }
+    (tmp_path / "run" / "settings.yaml").write_text(json.dumps(own), encoding="utf-8")
+    export_adapter(adapter, tmp_path / "out", merge=False, prompts_file=None)
+    checked = json.loads((tmp_path / "out" / "parity.json").read_text(encoding="utf-8"))
+    assert any("2 prompts" in json.dumps(check) for check in checked)
+
+
 def test_a_place_that_cannot_be_written_to_is_found_before_anything_is_loaded(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

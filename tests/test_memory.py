@@ -214,7 +214,7 @@ def test_the_optimizer_holds_what_it_is_said_to_hold() -> None:
 def test_the_longest_row_is_the_one_that_the_collator_makes(name: str, captions: int) -> None:
     flags = ["--dataset_name", "qvl/scenes", "--num_train_examples", "24", "--num_eval_examples", "8"]
     settings = settings_for(name, *flags, "--captions_per_image", str(captions))
-    data = load_data(settings, None)
+    data = load_data(settings, None, None)
     found = longest_rows(settings, load_config(settings), data, processing_class(name), for_gpu=False)
     collator = SharedPrefixCollator(processing_class(name), positions_of(load_config(settings)), None)
     batch = collator(list(data.train))
@@ -309,7 +309,7 @@ def test_one_long_row_among_thousands_is_found(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     settings = settings_for(CHAT, "--dataset_name", str(tmp_path), "--max_length", "2048")
     found = longest_rows(
-        settings, load_config(settings), load_data(settings, None), processing_class(CHAT), for_gpu=False
+        settings, load_config(settings), load_data(settings, None, None), processing_class(CHAT), for_gpu=False
     )
     assert found.train > 400
 
@@ -317,7 +317,7 @@ def test_one_long_row_among_thousands_is_found(tmp_path: Path) -> None:
 def test_a_row_that_is_cut_or_dropped_brings_no_more_visual_tokens_than_are_allowed() -> None:
     flags = ["--dataset_name", "qvl/scenes", "--num_train_examples", "8", "--num_eval_examples", "2"]
     settings = settings_for(VISION[0], *flags, "--max_length", "10", "--overlong", "drop")
-    data = load_data(settings, None)
+    data = load_data(settings, None, None)
     found = longest_rows(settings, load_config(settings), data, processing_class(VISION[0]), for_gpu=False)
     assert found.train_visual <= 10
 
@@ -356,7 +356,7 @@ def test_a_run_that_does_not_fit_stops_before_anything_is_loaded(
 def test_a_plan_that_is_to_be_ignored_is_shown_and_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--dataset_name", "qvl/scenes", "--num_train_examples", "8", "--num_eval_examples", "2"]
     settings = settings_for(VISION[0], *flags, "--gpu_memory_gib", "1", "--ignore_memory_plan")
-    plan = memory_for_run(settings, load_config(settings), load_data(settings, None), processing_class(VISION[0]))
+    plan = memory_for_run(settings, load_config(settings), load_data(settings, None, None), processing_class(VISION[0]))
     assert plan is not None
     assert not plan.fits()
     assert "it does not fit" in capsys.readouterr().out

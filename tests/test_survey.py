@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from tiny import CHAT, VISION, message, picture, processing_class, settings_for
+from tiny import CHAT, LLAVA, VISION, message, picture, processing_class, settings_for
 
+from qvl.active_run import load_data
 from qvl.collators import CompletionCollator
 from qvl.data import DataConfig, LoadedData, load_examples, prompt_messages, separate_completions
 from qvl.encode import IGNORED_LABEL, ProcessingClass
@@ -240,3 +241,47 @@ def test_the_description_adds_up() -> None:
         "  trained on: 16.7% of the tokens",
     ]
     assert len(describe_lengths(lengths[:1])) == 2
+
+
+# --- images that a processor refuses
+
+
+@pytest.fixture
+def long_pictures(tmp_path: Path) -> str:
+    """Rows whose pictures are 1, 200 and 300 times as long as wide; the third is too long for Qwen's processors."""
+    rows = []
+    for number, (width, height) in enumerate([(64, 64), (400, 2), (600, 2), (64, 60)]):
+        picture(width, height).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "instruction": "What is it?", "response": "Noise."})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_a_picture_that_the_processor_refuses_makes_a_bad_row(name: str, long_pictures: str) -> None:
+    settings = settings_for(name, "--dataset_name", long_pictures, "--num_eval_examples", "1")
+    with pytest.raises(UserError) as caught:
+        load_data(settings, None, processing_class(name))
+    assert (
+        '1 bad row(s):\n  rows.jsonl:3: image "2.png" is 600 x 2 pixels, which the model\'s processor refuses '
+        "(absolute aspect ratio must be smaller than 200, got 300.0): crop it or remove the row.\n"
+        "Correct them, or pass --skip_bad_rows"
+    ) in str(caught.value)
+    data = load_data(
+        settings_for(name, "--dataset_name", long_pictures, "--num_eval_examples", "1", "--skip_bad_rows"),
+        None,
+        processing_class(name),
+    )
+    assert data.summary.num_skipped == 1
+    rows = [separate_completions(side)[index] for side in (data.train, data.evaluation) for index in range(len(side))]
+    assert sorted(row["image_names"][0] for row in rows) == ["0.png", "1.png", "3.png"]
+    assert CompletionCollator(processing_class(name), None)(rows)["image_grid_thw"].shape == (3, 3)
+
+
+def test_a_picture_of_any_shape_is_taken_where_the_processor_takes_it(long_pictures: str) -> None:
+    settings = settings_for(VISION[0], "--dataset_name", long_pictures, "--num_eval_examples", "1")
+    for takes_all in (LLAVA, CHAT):
+        data = load_data(settings, None, processing_class(takes_all))
+        assert len(data.train) + len(data.evaluation) == 4
+    train = separate_completions(load_data(settings, None, processing_class(LLAVA)).train)
+    assert CompletionCollator(processing_class(LLAVA), None)(list(train))["pixel_values"].shape[0] == len(train)
