@@ -1,26 +1,25 @@
 """Rows in every accepted format -> examples: opening, checking, choosing, splitting by image.
 
 The formats are described in the README; `qvl.rows` and `qvl.conversations` read them, `qvl.sources` opens them,
-`qvl.validate` checks them, `qvl.examples` makes the data sets. Callers need this module only.
+`qvl.validate` checks them, `qvl.sides` divides them, `qvl.examples` makes the data sets. Callers need this module only.
 """
 
-import difflib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
 
-from qvl.data_config import DataConfig
+from qvl.data_config import DataConfig, MixedSet
 from qvl.data_summary import DataSummary, summarize_split
 from qvl.errors import UserError
 from qvl.examples import build_dataset, image_sizes, prompt_messages, separate_completions
-from qvl.mixture import apart, mixture_counts, num_rows_to_read, table_name
+from qvl.mixture import mixture_counts, num_rows_to_read
 from qvl.rows import RowToExample, caption_row
-from qvl.sources import SCENES, Source, open_source
-from qvl.splits import split_by_image
-from qvl.validate import CheckedRows, GoodRow, check_rows, image_keys, refuse_bad_rows
+from qvl.sides import CheckedSet, Sides, check_set, divide, set_apart, shared_note, shown
+from qvl.sources import SCENES
+from qvl.validate import CheckedRows, GoodRow, image_keys
 
 __all__ = [
     "SCENES",
@@ -33,10 +32,6 @@ __all__ = [
     "prompt_messages",
     "separate_completions",
 ]
-
-
-# Training rows, evaluation rows, and the passes they come from.
-_Chosen = tuple[list[GoodRow], list[GoodRow], tuple[CheckedRows, CheckedRows]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ def load_examples(config: DataConfig, row_to_example: RowToExample | None = None
     """
     piece = row_to_example or caption_row
     notes: list[str] = []
-    part = _load_mixture(config, piece, notes) if config.datasets else _load_part(config, piece, notes)
+    part = _load_mixture(config, piece, notes) if config.datasets else _load_one(config, piece, notes)
     _note_fewer("num_train_examples", config.num_train_examples, part.train, notes)
     _note_fewer("num_eval_examples", config.num_eval_examples, part.evaluation, notes)
     train, evaluation = _unique_ids(part.train, part.evaluation, notes)
@@ -100,45 +95,36 @@ class _Part:
     parts: tuple["_Part", ...] = ()
 
 
-def _load_part(config: DataConfig, piece: RowToExample, notes: list[str]) -> _Part:
-    source = open_source(config)
-    if "" in source.splits or config.dataset_train_split == config.dataset_test_split:
-        train, evaluation, passes = _rows_by_image(source, config, piece, notes)
-    else:
-        train, evaluation, passes = _rows_by_name(source, config, piece, notes)
-    return _Part(source.name, source.revision, train, evaluation, passes, source.tables)
+def _load_one(config: DataConfig, piece: RowToExample, notes: list[str]) -> _Part:
+    checked = check_set(config, piece)
+    [sides] = divide([checked], config.seed)
+    notes += [*sides.notes, *shared_note(sides.evaluation, shown(sides.train))]
+    return _part(checked, sides)
+
+
+def _part(checked: CheckedSet, sides: Sides) -> _Part:
+    return _Part(
+        checked.source.name,
+        checked.source.revision,
+        [row for row, _ in sides.train],
+        [row for row, _ in sides.evaluation],
+        (checked.train, checked.evaluation or CheckedRows(checked.train.split)),
+        checked.tables,
+    )
 
 
 def _load_mixture(config: DataConfig, piece: RowToExample, notes: list[str]) -> _Part:
     """The rows of several data sets one after the other, as many of each as its share asks for."""
-    fractions = [mixed.fraction for mixed in config.datasets]
-    loaded = []
-    for mixed in config.datasets:
-        own_notes: list[str] = []
-        own_config = replace(
-            config,
-            dataset_name=mixed.path,
-            dataset_config=mixed.name,
-            dataset_revision=None,
-            dataset_train_split=mixed.split or config.dataset_train_split,
-            num_train_examples=num_rows_to_read(mixed.fraction, fractions, config.num_train_examples),
-            num_eval_examples=num_rows_to_read(mixed.fraction, fractions, config.num_eval_examples),
-            datasets=(),
-        )
-        loaded.append(_load_part(own_config, piece, own_notes))
-        notes += [f"{mixed.path}: {note}" for note in own_notes]
-    num_train = mixture_counts([len(part.train) for part in loaded], fractions, config.num_train_examples)
-    num_eval = mixture_counts([len(part.evaluation) for part in loaded], fractions, config.num_eval_examples)
-    parts = []
-    for number, (part, train_count, eval_count) in enumerate(zip(loaded, num_train, num_eval, strict=True), start=1):
-        if train_count == 0:
-            raise UserError(f"{part.name}: its share of the mixture is less than one row; raise its `fraction`.")
-        train, evaluation = (
-            [apart(row, number, part.name) for row in rows[:count]]
-            for rows, count in ((part.train, train_count), (part.evaluation, eval_count))
-        )
-        tables = {table_name(number, split): table for split, table in part.tables.items()}
-        parts.append(replace(part, train=train, evaluation=evaluation, tables=tables))
+    sets = [
+        set_apart(check_set(_own_config(mixed, config), piece), number)
+        for number, mixed in enumerate(config.datasets, start=1)
+    ]
+    used = _shares(divide(sets, config.seed), sets, config)
+    trained_on = shown(row for sides in used for row in sides.train)
+    for checked, sides in zip(sets, used, strict=True):
+        own_notes = [*sides.notes, *shared_note(sides.evaluation, trained_on)]
+        notes += [f"{checked.config.dataset_name}: {note}" for note in own_notes]
+    parts = [_part(checked, sides) for checked, sides in zip(sets, used, strict=True)]
     passes = [
         CheckedRows(
             side,
@@ -158,6 +144,39 @@ def _load_mixture(config: DataConfig, piece: RowToExample, notes: list[str]) -> 
     )
 
 
+def _own_config(mixed: MixedSet, config: DataConfig) -> DataConfig:
+    """What a mixture asks of one of its sets."""
+    fractions = [other.fraction for other in config.datasets]
+    return replace(
+        config,
+        dataset_name=mixed.path,
+        dataset_config=mixed.name,
+        dataset_revision=None,
+        dataset_train_split=mixed.split or config.dataset_train_split,
+        num_train_examples=num_rows_to_read(mixed.fraction, fractions, config.num_train_examples),
+        num_eval_examples=num_rows_to_read(mixed.fraction, fractions, config.num_eval_examples),
+        datasets=(),
+    )
+
+
+def _shares(divided: Sequence[Sides], sets: Sequence[CheckedSet], config: DataConfig) -> list[Sides]:
+    """Of each set as many of its first rows as its share asks for.
+
+    Raises:
+        UserError: a share is less than one row.
+    """
+    fractions = [mixed.fraction for mixed in config.datasets]
+    num_train = mixture_counts([len(sides.train) for sides in divided], fractions, config.num_train_examples)
+    num_eval = mixture_counts([len(sides.evaluation) for sides in divided], fractions, config.num_eval_examples)
+    if 0 in num_train:
+        name = sets[num_train.index(0)].source.name
+        raise UserError(f"{name}: its share of the mixture is less than one row; raise its `fraction`.")
+    return [
+        replace(sides, train=sides.train[:train_count], evaluation=sides.evaluation[:eval_count])
+        for sides, train_count, eval_count in zip(divided, num_train, num_eval, strict=True)
+    ]
+
+
 def _summarize(part: _Part, notes: tuple[str, ...]) -> DataSummary:
     return DataSummary(
         dataset_name=part.name,
@@ -169,41 +188,6 @@ def _summarize(part: _Part, notes: tuple[str, ...]) -> DataSummary:
     )
 
 
-def _rows_by_name(source: Source, config: DataConfig, piece: RowToExample, notes: list[str]) -> _Chosen:
-    train_split = _known_split(config.dataset_train_split, source, "dataset_train_split")
-    test_split = _known_split(config.dataset_test_split, source, "dataset_test_split")
-    train = check_rows(source, train_split, config, piece, config.num_train_examples)
-    evaluation = check_rows(source, test_split, config, piece, config.num_eval_examples)
-    refuse_bad_rows([train, evaluation], config)
-    keys = image_keys([*train.good, *evaluation.good], source.tables)
-    seen = {key for row_keys in keys[: len(train.good)] for key in row_keys}
-    num_shared = sum(any(key in seen for key in row_keys) for row_keys in keys[len(train.good) :])
-    if num_shared:
-        notes.append(f"WARNING: {num_shared:,} evaluation rows show an image (or text) that is also trained on")
-    return train.good, evaluation.good, (train, evaluation)
-
-
-def _rows_by_image(source: Source, config: DataConfig, piece: RowToExample, notes: list[str]) -> _Chosen:
-    split = "" if "" in source.splits else _known_split(config.dataset_train_split, source, "dataset_train_split")
-    checked = check_rows(source, split, config, piece, None)
-    refuse_bad_rows([checked], config)
-    rows = checked.good
-    wanted = config.num_eval_examples
-    tenth = max(1, len(rows) // 10)
-    if wanted is not None and wanted > len(rows) // 2:
-        notes.append(f"{len(rows):,} rows cannot spare {wanted:,} for evaluation: a tenth ({tenth:,}) is held out")
-        wanted = tenth
-    names = [row.refs[0].name if row.refs else row.id for row in rows]
-    train, evaluation = split_by_image(image_keys(rows, source.tables), names, wanted or tenth, config.seed)
-    if not evaluation:
-        raise UserError(
-            f"{config.dataset_name}: the rows cannot be divided without showing an image on both sides; add images."
-        )
-    notes.append(f"split by image with seed {config.seed}: {len(train):,} to train, {len(evaluation):,} to evaluate")
-    chosen = [rows[index] for index in train][: config.num_train_examples]
-    return chosen, [rows[index] for index in evaluation], (checked, CheckedRows(split))
-
-
 def _short_keys(rows: list[GoodRow], tables: Mapping[str, Any]) -> list[list[str]]:
     """Of each row, what its images are known by whatever they are called: the bootstrap draws equal ones together."""
     keys = image_keys(rows, tables)
@@ -211,18 +195,6 @@ def _short_keys(rows: list[GoodRow], tables: Mapping[str, Any]) -> list[list[str
         [hashlib.sha256(key.encode()).hexdigest()[:16] for key in row_keys] if row.refs else []
         for row, row_keys in zip(rows, keys, strict=True)
     ]
-
-
-def _known_split(name: str, source: Source, flag: str) -> str:
-    if name in source.splits:
-        return name
-    held = ", ".join(f"{split} ({count:,} rows)" for split, count in source.splits.items())
-    near = difflib.get_close_matches(name, list(source.splits), n=1)
-    guess = f' Did you mean "{near[0]}"?' if near else ""
-    raise UserError(
-        f'{source.name}: there is no split "{name}"; it has {held}.{guess} Choose with --{flag}'
-        " (the same split for training and test is divided by image)."
-    )
 
 
 def _note_fewer(flag: str, wanted: int | None, rows: list[GoodRow], notes: list[str]) -> None:

@@ -35,7 +35,7 @@ from qvl.data import (
 from qvl.errors import UserError
 from qvl.examples import undecoded_examples
 from qvl.sources import table_source, undecoded
-from qvl.splits import split_by_image
+from qvl.splits import Undivided, split_by_image
 
 IMAGE = {"type": "image"}
 
@@ -814,19 +814,20 @@ def test_rows_of_one_image_cannot_be_divided(folder: Path) -> None:
 )
 def test_no_key_is_on_both_sides(keys: list[list[int]], wanted: int, seed: int) -> None:
     names = [str(row) for row in range(len(keys))]
-    train, evaluation = split_by_image(keys, names, wanted, seed)
+    [(train, evaluation)] = split_by_image([Undivided(keys, names, wanted)], seed)
     assert sorted(train + evaluation) == list(range(len(keys)))
     assert train == sorted(train) and evaluation == sorted(evaluation)
     assert not {k for row in train for k in keys[row]} & {k for row in evaluation for k in keys[row]}
     assert len(evaluation) <= wanted
     assert train
-    assert (train, evaluation) == split_by_image(keys, names, wanted, seed)
+    assert [(train, evaluation)] == split_by_image([Undivided(keys, names, wanted)], seed)
 
 
 @given(extra=st.integers(1, 50), seed=st.integers(0, 3))
 def test_added_rows_do_not_reshuffle_the_others(extra: int, seed: int) -> None:
     def held_out(count: int) -> set[int]:
-        return set(split_by_image([[row] for row in range(count)], [str(row) for row in range(count)], 10, seed)[1])
+        rows = Undivided([[row] for row in range(count)], [str(row) for row in range(count)], 10)
+        return set(split_by_image([rows], seed)[0][1])
 
     # A new row may push an old one out of the evaluation side, but never bring another old one in.
     assert held_out(50 + extra) & set(range(50)) <= held_out(50)
