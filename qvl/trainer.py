@@ -1,5 +1,6 @@
 """TRL's SFTTrainer with qvl's collator and honest throughput numbers."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +60,9 @@ class CompletionTrainer(SFTTrainer):
         self._flos_per_token: float | None = None
         self._interval_start = time.perf_counter()
         self._interval_wait_seconds = 0.0
-        self._interval_samples = 0
+        # Of one process since this training began or went on; an answer is a sample.
+        self._num_answers = 0
+        self._interval_first_answer = 0
         self._interval_first_token = 0.0
         self._num_compiled = num_compiled_frames()
 
@@ -84,11 +87,11 @@ class CompletionTrainer(SFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """Upstream's, with the time it waits for data and the samples it gets counted."""
+        """Upstream's, with the time it waits for data and the answers it gets counted."""
         start = time.perf_counter()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._interval_wait_seconds += time.perf_counter() - start
-        self._interval_samples += sum(_pop_num_answers(batch) for batch in batches)
+        self._num_answers += sum(_pop_num_answers(batch) for batch in batches)
         return batches, num_items
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -151,11 +154,14 @@ class CompletionTrainer(SFTTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Upstream's, with throughput since the last training log added. One process's share, times their number."""
+        """Upstream's, with throughput since the last training log added. One process's share, times their number.
+
+        The last log has that of the whole training. Upstream counts rows there, which may hold one answer or many.
+        """
         if "loss" in logs:
             seconds = time.perf_counter() - self._interval_start
             num_tokens = float(self._total_train_tokens)
-            logs["samples_per_second"] = self._interval_samples * self.accelerator.num_processes / seconds
+            logs["samples_per_second"] = self._answers_per_second(self._interval_first_answer, seconds)
             if num_tokens:  # Unsloth's trainer counts none.
                 logs["tokens_per_second"] = (num_tokens - self._interval_first_token) / seconds
             logs["data_wait_share"] = self._interval_wait_seconds / seconds
@@ -165,9 +171,25 @@ class CompletionTrainer(SFTTrainer):
                 # 0 once all layers are compiled: anything else is a recompilation, which takes seconds.
                 logs["num_compilations"] = num_compiled - self._num_compiled
                 self._num_compiled = num_compiled
-            self._interval_first_token = num_tokens
-            self._interval_start, self._interval_wait_seconds, self._interval_samples = time.perf_counter(), 0.0, 0
+            self._interval_first_answer, self._interval_first_token = self._num_answers, num_tokens
+            self._interval_start, self._interval_wait_seconds = time.perf_counter(), 0.0
+        if "train_samples_per_second" in logs:
+            logs["train_samples_per_second"] = self._answers_per_second(0, logs["train_runtime"])
         super().log(logs, start_time)
+
+    def _answers_per_second(self, first: int, seconds: float) -> float:
+        return (self._num_answers - first) * self.accelerator.num_processes / seconds
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Upstream's, with TRL's count of tokens in the state, where upstream has a place for one that is off here."""
+        self.state.num_input_tokens_seen = self._total_train_tokens
+        super()._save_checkpoint(model, trial)
+
+    def count_tokens_on_from(self, checkpoint: Path) -> None:
+        """Has `num_tokens` go on where a checkpoint was saved, as the steps do."""
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        self._total_train_tokens = state["num_input_tokens_seen"]
+        self._interval_first_token = float(self._total_train_tokens)
 
 
 def _pop_num_answers(batch: dict[str, Any]) -> int:
@@ -273,6 +295,8 @@ def train(
     trainer.add_callback(termination)
     if early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(early_stopping_patience))
+    if resume_from is not None:
+        trainer.count_tokens_on_from(resume_from)
     reset_peak()
     start = time.perf_counter()
     output = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)

@@ -1,5 +1,7 @@
 """The training promises that do not need a whole run to be seen."""
 
+import json
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from qvl.train_stage import trainer_arguments
 from qvl.trainer import build_trainer
 from qvl.trainer_callbacks import DivergenceWatchdog, SaveOnTermination
 from qvl.training_rows import prepare_training_rows
+from recipes import qwen_chat
 from recipes.flickr8k import RECIPE
 
 TRAINING = {
@@ -157,3 +160,51 @@ def test_throughput_is_logged_with_every_loss(tmp_path: Path) -> None:
         assert 0 <= row["data_wait_share"] < 1
         assert row["peak_gib"] > 0.1
         assert row["grad_norm"] > 0
+
+
+def training_metrics(folder: Path) -> dict[str, Any]:
+    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["train"]
+    return metrics
+
+
+def num_answers_of(folder: Path) -> float:
+    """Those that the rate of a whole training stands for."""
+    ending = read_jsonl(folder / "training_log.jsonl")[-1]
+    rate = training_metrics(folder)["samples_per_second"]
+    assert rate == ending["train_samples_per_second"]
+    return rate * ending["train_runtime"]
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_the_rate_of_a_training_counts_answers_as_its_log_does(shared_prefix: bool, tmp_path: Path) -> None:
+    """With five captions of an image in a row or in rows of their own; upstream counts rows."""
+    flags = {"captions_per_image": 5, "shared_prefix": shared_prefix, "per_device_train_batch_size": 2}
+    run(RECIPE, {**TRAINING, **flags, "gradient_accumulation_steps": 1, "output_dir": str(tmp_path)})
+    assert num_answers_of(tmp_path) == pytest.approx(3 * 2 * (5 if shared_prefix else 1), rel=1e-3)
+
+
+def test_the_rate_of_a_training_counts_the_conversations_of_packed_rows(tmp_path: Path) -> None:
+    flags = {"num_train_examples": 40, "num_eval_examples": 2, "num_train_epochs": 1, "max_steps": -1}
+    run(qwen_chat.RECIPE, {"smoke": True, "stages": ["train"], **flags, "output_dir": str(tmp_path)})
+    assert training_metrics(tmp_path)["num_steps"] < 20
+    assert num_answers_of(tmp_path) == pytest.approx(40, rel=1e-3)
+
+
+def test_a_resumed_training_has_all_tokens_and_its_own_rate(tmp_path: Path) -> None:
+    # The checkpoint lies between two logs.
+    flags = {**TRAINING, "max_steps": 5, "save_steps": 3, "save_total_limit": 2, "logging_steps": 2}
+    flags |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "keep_checkpoints": True}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run(RECIPE, {**flags, "output_dir": str(whole)})
+    shutil.copytree(whole, resumed)
+    checkpoint = resumed / "checkpoints" / "checkpoint-3"
+    run(RECIPE, {"resume_from_checkpoint": str(checkpoint), "output_dir": str(resumed)})
+    tokens = [
+        [row["num_tokens"] for row in read_jsonl(folder / "training_log.jsonl") if "num_tokens" in row]
+        for folder in (whole, resumed)
+    ]
+    assert len(tokens[0]) == 3  # the last with the end of the training
+    assert tokens[0] == tokens[1]
+    trained = [training_metrics(folder) for folder in (whole, resumed)]
+    assert trained[0]["num_tokens"] == trained[1]["num_tokens"]
+    assert [round(num_answers_of(folder)) for folder in (whole, resumed)] == [10, 4]

@@ -118,9 +118,7 @@ def _apart(ours: Mapping[int, dict[str, Any]], theirs: Mapping[int, dict[str, An
     steps = sorted(step for step in ours.keys() & theirs.keys() if step >= first)
     by_step = {step: abs(ours[step]["loss"] - theirs[step]["loss"]) / abs(theirs[step]["loss"]) for step in steps}
     apart: dict[str, Any] = {"most": max(by_step.values(), default=None), "by_step": by_step}
-    if first == 1:
-        # A resumed training counts tokens from where it began.
-        apart["same_tokens"] = all(ours[step].get("num_tokens") == theirs[step].get("num_tokens") for step in steps)
+    apart["same_tokens"] = all(ours[step].get("num_tokens") == theirs[step].get("num_tokens") for step in steps)
     return apart
 
 
