@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
-from transformers import EarlyStoppingCallback, ProcessorMixin
+from transformers import ProcessorMixin
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
@@ -34,7 +34,7 @@ from qvl.segment_attention import block_mask
 from qvl.sharding import Sharding, keep_sums_in_full, sharding
 from qvl.shared_prefix import SharedPrefixCollator
 from qvl.trained_parts import TrainedPart, optimizer_groups, round_to_base, rounded_to_base
-from qvl.trainer_callbacks import DivergenceWatchdog, Log, LogCallback, SaveOnTermination
+from qvl.trainer_callbacks import DivergenceWatchdog, EarlyStopping, Log, LogCallback, SaveOnTermination
 
 # From a step to scores of answers that the model gives there.
 ScoreAnswers = Callable[[int], dict[str, float]]
@@ -294,7 +294,7 @@ def train(
     trainer.add_callback(DivergenceWatchdog(trainer.model, scaler))
     trainer.add_callback(termination)
     if early_stopping_patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience))
+        trainer.add_callback(EarlyStopping(early_stopping_patience))
     if resume_from is not None:
         trainer.count_tokens_on_from(resume_from)
     reset_peak()

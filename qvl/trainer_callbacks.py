@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qvl import ending_signals
 from qvl.errors import UserError
@@ -108,6 +108,38 @@ class _OneStepLate:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
         return before
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Upstream's, which goes on counting where the checkpoint did that a training is resumed from.
+
+    Upstream does so with `restore_callback_states_from_checkpoint` only, which would bring back the patience of the
+    checkpoint too, and what the trainer was about to do.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the count of the checkpoint, if it has one: it may be of a training without a patience.
+
+        Upstream then has no place in the state to save this one's, and fails at the next checkpoint.
+        """
+        super().on_train_begin(args, state, control, **kwargs)
+        self._first_step = state.global_step
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Upstream's, but for what `--eval_on_start` evaluates: a checkpoint has been counted before it was saved."""
+        if state.global_step != self._first_step:
+            super().on_evaluate(args, state, control, metrics, **kwargs)
 
 
 class SaveOnTermination(TrainerCallback):

@@ -13,7 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from qvl.adapters import add_adapter
 from qvl.bench_cases import Case, open_run, prepare
-from qvl.errors import UserError
+from qvl.errors import FailedCheckError, UserError
 from qvl.files import read_jsonl
 from qvl.recipe import run
 from qvl.train_stage import trainer_arguments
@@ -208,3 +208,49 @@ def test_a_resumed_training_has_all_tokens_and_its_own_rate(tmp_path: Path) -> N
     trained = [training_metrics(folder) for folder in (whole, resumed)]
     assert trained[0]["num_tokens"] == trained[1]["num_tokens"]
     assert [round(num_answers_of(folder)) for folder in (whole, resumed)] == [10, 4]
+
+
+# Nothing is learned: no evaluation is better than the first one, of step 2.
+STOPPING = {
+    **TRAINING,
+    "max_steps": 14,
+    "learning_rate": 0.0,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_steps": 2,
+    "save_total_limit": 7,
+    "load_best_model_at_end": True,
+    "keep_checkpoints": True,
+}
+
+
+@pytest.fixture(scope="module")
+def stopped_early(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is left of a training with a patience of three evaluations: its checks miss what should have moved."""
+    folder = tmp_path_factory.mktemp("stopped") / "whole"
+    with pytest.raises(FailedCheckError):
+        run(RECIPE, {**STOPPING, "early_stopping_patience": 3, "output_dir": str(folder)})
+    assert training_metrics(folder)["num_steps"] == 8
+    return folder
+
+
+@pytest.mark.parametrize("flags", [{}, {"eval_on_start": True}], ids=["", "eval_on_start"])
+@pytest.mark.parametrize("saved_at", [4, 6])
+def test_a_resumed_training_stops_as_early(
+    saved_at: int, flags: dict[str, Any], stopped_early: Path, tmp_path: Path
+) -> None:
+    resumed = tmp_path / "resumed"
+    shutil.copytree(stopped_early, resumed)
+    checkpoint = str(resumed / "checkpoints" / f"checkpoint-{saved_at}")
+    with pytest.raises(FailedCheckError):
+        run(RECIPE, {"resume_from_checkpoint": checkpoint, "output_dir": str(resumed), **flags})
+    assert training_metrics(resumed)["num_steps"] == 8
+
+
+def test_a_patience_may_come_with_the_resuming(tmp_path: Path) -> None:
+    with pytest.raises(FailedCheckError):
+        run(RECIPE, {**STOPPING, "max_steps": 4, "output_dir": str(tmp_path)})
+    flags = {"resume_from_checkpoint": str(tmp_path / "checkpoints" / "checkpoint-4"), "max_steps": 14}
+    with pytest.raises(FailedCheckError):
+        run(RECIPE, {**flags, "early_stopping_patience": 2, "output_dir": str(tmp_path)})
+    assert training_metrics(tmp_path)["num_steps"] == 8
