@@ -57,7 +57,8 @@ def dry_run(settings: Settings, row_to_example: RowToExample | None, folder: Pat
 
 def _describe_model(settings: Settings, config: Any, processing_class: ProcessingClass) -> list[str]:
     empty = skeleton(config)
-    pattern = lora_config(empty, settings).target_modules
+    adapter = settings.recipe.adapter
+    lora = f"that of {adapter}" if adapter is not None else f"on {lora_config(empty, settings).target_modules}"
     count = sum(parameter.numel() for parameter in empty.parameters())
     options = settings.model
     bits = 4 if options.load_in_4bit else 8 if options.load_in_8bit else None
@@ -66,7 +67,7 @@ def _describe_model(settings: Settings, config: Any, processing_class: Processin
     lines = [
         f"model {options.model_name_or_path}: {type(empty).__name__}",
         f"  {count:,} parameters, {options.dtype}{quantized}",
-        f"  language model at {language_model_path(empty)}, LoRA on {pattern}",
+        f"  language model at {language_model_path(empty)}, LoRA {lora}",
     ]
     return [*lines, f"  images resized to {dict(size)} pixels"] if size else lines
 

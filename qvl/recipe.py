@@ -170,6 +170,7 @@ def _resolve(
     """Settings, run folder, and the settings.yaml that a run to continue has left: its settings are started from."""
     import yaml
 
+    from qvl.adapter_flags import settle_lora_flags
     from qvl.best_checkpoint import settle_best_checkpoint
     from qvl.continued_run import continued
     from qvl.metrics import choose_scores
@@ -201,6 +202,7 @@ def _resolve(
         settings = continued(settings, own, folder, overrides)
     settings.recipe.scores = choose_scores(settings.recipe.scores, recipe.scores)
     settle_best_checkpoint(settings, recipe.scores)
+    settle_lora_flags(settings)
     return settings, folder, own
 
 
@@ -334,7 +336,6 @@ def _params(settings: "Settings", data: "LoadedData", model_commit: str | None) 
     params = {
         **defining,
         **{key: known[key] for key in ("dtype", "bf16", "fp16")},
-        **_lora_of(settings.recipe.adapter),
         "model_commit": model_commit,
         "data_revision": data.summary.revision,
         "data_fingerprint": data.summary.fingerprint[:16],
@@ -345,14 +346,6 @@ def _params(settings: "Settings", data: "LoadedData", model_commit: str | None) 
         **{f"{module.__name__}_version": module.__version__ for module in (torch, transformers, trl, peft)},
     }
     return {key: value for key, value in params.items() if value is not None}
-
-
-def _lora_of(adapter: str | None) -> dict[str, Any]:
-    """LoRA settings of an adapter that is trained further or scored: its own count, whatever the flags say."""
-    if adapter is None:
-        return {}
-    config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
-    return {"lora_r": config["r"], "lora_alpha": config["lora_alpha"], "lora_dropout": config["lora_dropout"]}
 
 
 def quieten_and_tame_libraries() -> None:

@@ -71,6 +71,8 @@ class Settings:
         model: upstream's model, quantization and LoRA arguments.
         given: flags that the recipe, a file or the command line set, by name: the ones that define the experiment.
         output_dir: run folder the user asked for, None to make one.
+        by_user: names of the flags that the user typed, or that --config has with another value than the recipe: a
+            settings.yaml fed back repeats the others.
     """
 
     recipe: RecipeArguments
@@ -78,6 +80,7 @@ class Settings:
     model: ModelConfig
     given: dict[str, Any]
     output_dir: str | None
+    by_user: frozenset[str] = frozenset()
 
     def as_dict(self) -> dict[str, Any]:
         """Every setting by flag name, JSON-able, fit to be fed back through --config; secrets and places left out."""
@@ -149,6 +152,7 @@ def parse_settings(
     typed = _typed_flags(arguments, prog)
     upstream = {dest: _plain(parser.get_default(dest)) for dest in actions}
 
+    in_file = set(config)
     config = _checked({**(continued or {}), **config}, actions, "--config key")
     smoke = smoke_defaults if typed.get("smoke", config.get("smoke")) else {}
     own = {**_checked(defaults, actions, "recipe default"), **_checked(smoke, actions, "smoke default")}
@@ -165,6 +169,7 @@ def parse_settings(
         )
     # A settings.yaml fed back mentions everything; of a file, what differs from upstream's default defines the run.
     given = {key: value for key, value in mentioned.items() if key in {**own, **typed, **changed}}
+    by_user = {key for key in in_file if _plain(config[key]) != _plain(own.get(key, upstream[key]))} | typed.keys()
 
     precision_given = {key: mentioned[key] for key in _PRECISION_KEYS if key in mentioned}
     precision = choose_precision(find_device(bool(precision_given.get("use_cpu"))), precision_given)
@@ -179,7 +184,7 @@ def parse_settings(
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise UserError(f"These settings do not go together: {error}") from error
     _require_sane_values(model, training)
-    return Settings(recipe, training, model, given, output_dir)
+    return Settings(recipe, training, model, given, output_dir, frozenset(by_user))
 
 
 def _without_contradictions(defaults: Mapping[str, Any], asked_for: Mapping[str, Any]) -> dict[str, Any]:
