@@ -9,6 +9,7 @@ from qvl.data import LoadedData, separate_completions
 from qvl.encode import ProcessingClass
 from qvl.errors import HubError
 from qvl.files import write_text_atomically
+from qvl.image_crop import describe_crop
 from qvl.image_words import images_as_words
 from qvl.memory import plan_memory
 from qvl.models import language_model_path, load_config, load_processing_class, skeleton
@@ -81,5 +82,5 @@ def _describe_rows(data: LoadedData, settings: Settings, processing_class: Proce
     lengths = training_lengths(separate_completions(rows), processing_class)
     limit = settings.training.max_length
     num_long = sum(row.num_tokens > limit for row in lengths) if limit else 0
-    lines = describe_lengths(lengths)
+    lines = [*describe_lengths(lengths), *describe_crop(rows, processing_class)]
     return [*lines, f"  longer than --max_length {limit}: {num_long} rows (--overlong {settings.recipe.overlong})"]

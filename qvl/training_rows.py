@@ -13,6 +13,7 @@ from qvl.data import separate_completions
 from qvl.errors import UserError
 from qvl.examples import joined_completions, undecoded_examples, with_lengths
 from qvl.files import write_json_atomically
+from qvl.image_crop import describe_crop
 from qvl.models import load_config
 from qvl.packing import packed_rows
 from qvl.positions import positions_of
@@ -40,7 +41,7 @@ def prepare_training_rows(run: Run) -> tuple[Dataset, CompletionCollator | Share
     recipe, training = run.settings.recipe, run.settings.training
     separate = separate_completions(run.for_model(run.data.train))
     lengths = training_lengths(separate, run.processing_class)
-    print("\n".join(describe_lengths(lengths)), flush=True)
+    print("\n".join([*describe_lengths(lengths), *describe_crop(run.data.train, run.processing_class)]), flush=True)
     if recipe.overlong == "truncate_turns" and training.max_length is not None:
         shortened = truncate_turns(separate, lengths, training.max_length, run.processing_class)
         separate, lengths = shortened.dataset, shortened.lengths

@@ -15,6 +15,7 @@ it (`--phase`). The baseline is the same composition with an untrained projector
 
 Models: Qwen/Qwen3-14B (main), 4-bit NF4 with double quantization; openai/clip-vit-large-patch14 (main), frozen.
 Data:   jxie/flickr8k unless you name your own: JSON lines of {"image", "instruction", "response"}, or any other format.
+        CLIP's image processor cuts pictures to their middle square; see the README for whole ones.
 Needs:  a 24 GB card: training holds 13.7 GiB at most (14B and CLIP-L shapes on one H100, recipes/RESULTS.md).
 """
 
