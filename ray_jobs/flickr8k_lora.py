@@ -4,7 +4,7 @@ python ray_jobs/flickr8k_lora.py --num_samples 16            # on this machine, 
 python ray_jobs/flickr8k_lora.py --smoke --ray_num_gpus 0    # tiny model, CPU
 ray job submit --working-dir . -- python ray_jobs/flickr8k_lora.py
 
-Every flag of the recipe may stand on the command line too.
+Every other flag of the recipe may stand on the command line.
 """
 
 import sys

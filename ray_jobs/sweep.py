@@ -1,7 +1,7 @@
 """Sweeps over recipes: what one is, its command line, and its course from the first check to the winner's report.
 
 A sweep's file names a recipe, what is varied, what counts and how much may be spent; everything else is the recipe's,
-whose flags also stand on the sweep's command line.
+whose other flags also stand on the sweep's command line.
 """
 
 import argparse
@@ -87,13 +87,14 @@ def run_sweep(sweep: Sweep, name: str, argv: Sequence[str]) -> bool:
     Args:
         sweep: what to do.
         name: begins the name of its folder and of its MLflow run.
-        argv: command line without the program's name: the sweep's own flags, and any of the recipe's.
+        argv: command line without the program's name: the sweep's own flags, and those of the recipe that are no axes.
 
     Returns:
         Whether a trial has finished.
 
     Raises:
-        UserError: something to mend; an unknown axis or flag stops here, before a GPU is asked for.
+        UserError: something to mend; an unknown axis or flag, or a flag that is an axis, stops here, before a GPU is
+            asked for.
     """
     options, words = _parse(sweep, name, argv)
     storage = storage_address(options.storage_path)
@@ -103,6 +104,8 @@ def run_sweep(sweep: Sweep, name: str, argv: Sequence[str]) -> bool:
 
     _go_on_as_before(options, left)
     axes = _axes_of(sweep, options.scheduler)
+    if not left:
+        _refuse_flags_of_axes(words, axes, f"{name}.py")
     if options.scheduler == "pbt" and not left:
         # What is copied from a better trial is its checkpoint, so there has to be one whenever trials are compared.
         words = ["--save_steps", str(sweep.first_rung_steps), *words]
@@ -146,7 +149,7 @@ def _parse(sweep: Sweep, name: str, argv: Sequence[str]) -> tuple[argparse.Names
     parser = argparse.ArgumentParser(
         prog=f"{name}.py",
         allow_abbrev=False,
-        description=f"Sweep over {sweep.recipe}: {', '.join(sweep.axes)}. Every flag of the recipe is taken too.",
+        description=f"Sweep over {sweep.recipe}: {', '.join(sweep.axes)}. Every other flag of the recipe is taken.",
     )
     add = parser.add_argument
     add("--num_samples", type=int, default=sweep.num_samples, help="Trials (a grid has as many as points).")
@@ -191,6 +194,22 @@ def _axes_of(sweep: Sweep, scheduler: str) -> dict[str, Axis]:
         fixed = ", ".join(name for name in sweep.axes if name not in axes)
         print(f"pbt varies learning_rate; {fixed} cannot change in a training and stays as the recipe has it.")
     return axes
+
+
+def _refuse_flags_of_axes(words: Sequence[str], axes: Mapping[str, Axis], file: str) -> None:
+    """Stops at a flag that would change no trial and yet stand among the flags that MLflow has of the sweep.
+
+    `--lora-r` and `--no_packing` are flags of `lora_r` and `packing` too.
+    """
+    for word in words:
+        flag = word.partition("=")[0]
+        plain = flag.removeprefix("--").replace("-", "_")
+        for name in (plain, plain.removeprefix("no_")):
+            if flag.startswith("--") and name in axes:
+                raise UserError(
+                    f"{flag}: this sweep varies {name} over {axes[name]}, and each trial would take that and not the "
+                    f"flag. Leave the flag out, or change the axis in {file}."
+                )
 
 
 def _require_metric(sweep: Sweep, scores: Sequence[str]) -> None:

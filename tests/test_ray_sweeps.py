@@ -155,7 +155,8 @@ def test_asha_ends_trials_and_says_so(in_cluster: Path) -> None:
 
 def test_an_unknown_axis_or_flag_stops_before_ray_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    # No address: a sweep that does ask Ray fails at once, where one that nobody answers at is waited for.
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
     sweep = Sweep("recipes/flickr8k.py", {"lora_rank": [4, 8]}, "finetuned_bleu4", "max", 2, 2)
     with pytest.raises(UserError, match="override `lora_rank` is no flag"):
         run_sweep(sweep, "wrong", [*TINY])
@@ -166,9 +167,15 @@ def test_an_unknown_axis_or_flag_stops_before_ray_is_asked(tmp_path: Path, monke
         (["--resume"], "holds no sweep"),
         (["--num_samples", "0"], "at least 1"),
         (["--scores", "rouge_l"], "judged by finetuned_bleu4"),
+        (["--lora_r", "64"], r"--lora_r: this sweep varies lora_r over \[8, 16, 32\].* the axis in wrong.py"),
+        (["--lora_dropout=0.3"], "--lora_dropout: this sweep varies"),
+        (["--learning-rate", "1e-3"], r"--learning-rate: this sweep varies learning_rate over Range\(low=5e-05"),
     ):
         with pytest.raises(UserError, match=message):
             run_sweep(right, "wrong", words)
+    switch = Sweep("recipes/flickr8k.py", {"compile_layers": [True, False]}, "finetuned_bleu4", "max", 2, 2)
+    with pytest.raises(UserError, match="--no_compile_layers: this sweep varies compile_layers"):
+        run_sweep(switch, "wrong", [*TINY, "--no_compile_layers"])
     assert not ray.is_initialized()
 
 
