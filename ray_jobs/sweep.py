@@ -24,6 +24,7 @@ from ray_jobs.storage import note_sweep, storage_address, sweep_folder
 if TYPE_CHECKING:
     from ray.tune import Tuner
 
+    from qvl.flags import RecipeArguments
     from qvl.mlflow_store import Store
     from ray_jobs.outcome import Outcome
     from ray_jobs.sweep_record import SweepRecord
@@ -101,6 +102,7 @@ def run_sweep(sweep: Sweep, name: str, argv: Sequence[str]) -> bool:
     folder_name, left = sweep_folder(storage, name, options.resume)
     words = left.get("words", words)
     from ray_jobs.task import checked_settings
+    from ray_jobs.trial import DEFAULT_STAGES, Plan
 
     _go_on_as_before(options, left)
     axes = _axes_of(sweep, options.scheduler)
@@ -109,11 +111,11 @@ def run_sweep(sweep: Sweep, name: str, argv: Sequence[str]) -> bool:
     if options.scheduler == "pbt" and not left:
         # What is copied from a better trial is its checkpoint, so there has to be one whenever trials are compared.
         words = ["--save_steps", str(sweep.first_rung_steps), *words]
-    settings = checked_settings(ROOT / sweep.recipe, words, example_of(axes))
+    settings = checked_settings(ROOT / sweep.recipe, [*DEFAULT_STAGES, *words], example_of(axes))
     _require_metric(sweep, settings.recipe.scores)
+    _require_stages(sweep, settings.recipe)
     environment = _connect(storage)
     from ray_jobs.children import open_store, require_reachable_by_all
-    from ray_jobs.trial import Plan
 
     store = open_store()
     require_reachable_by_all(store, _machines())
@@ -219,6 +221,24 @@ def _require_metric(sweep: Sweep, scores: Sequence[str]) -> None:
         raise UserError(
             f"This sweep is judged by {sweep.metric}, which --scores {' '.join(scores)} does not compute: add "
             f"{sweep.metric.removeprefix('finetuned_')}, or change the metric in the sweep's file."
+        )
+
+
+def _require_stages(sweep: Sweep, flags: "RecipeArguments") -> None:
+    """Stops a sweep whose trials would not come to what they are judged by, and take GPUs for it."""
+    if flags.dry_run:
+        raise UserError(
+            f"--dry_run trains nothing, so that no trial could be judged by {sweep.metric}: give it to the recipe, "
+            f"`python {sweep.recipe} --dry_run`, with the flags of this sweep and one value of each axis."
+        )
+    is_of_answers = sweep.metric.startswith("finetuned_")
+    is_made_elsewhere = is_of_answers and flags.adapter is not None
+    needed = [*([] if is_made_elsewhere else ["train"]), *(["evaluate"] if is_of_answers else [])]
+    missing = [stage for stage in needed if stage not in flags.stages]
+    if missing:
+        raise UserError(
+            f"--stages {' '.join(flags.stages)} gives no trial {sweep.metric}, which this sweep is judged by: add "
+            f"{' and '.join(missing)}, or leave --stages out, for a trial's own are train and evaluate."
         )
 
 

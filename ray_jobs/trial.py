@@ -15,7 +15,8 @@ from ray_jobs.children import as_recorded, find_or_make_child, open_store, use_c
 from ray_jobs.learning_rate import set_learning_rate
 from ray_jobs.trial_run import Report, TrialRun
 
-_DEFAULT_STAGES = ["--stages", "train", "evaluate"]
+# Before the sweep's command line, which may name others.
+DEFAULT_STAGES = ("--stages", "train", "evaluate")
 
 
 # On a worker that is Ray's copy of the repository, where there is one.
@@ -136,5 +137,5 @@ class RecipeTrial(tune.Trainable):
         overrides = {**axes, "output_dir": str(self._folder)}
         if any((self._folder / "checkpoints").glob("checkpoint-*")):
             overrides["resume_from_checkpoint"] = "true"
-        words = [*_DEFAULT_STAGES, *self._plan.words]
+        words = [*DEFAULT_STAGES, *self._plan.words]
         return TrialRun(self._file, words, overrides, self._kept, self._folder / "trial.txt")

@@ -1,6 +1,7 @@
 """Sweeps on a real cluster of this machine: three nodes with one GPU each, which need not exist."""
 
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -31,9 +32,10 @@ from ray_jobs.narrator import Narrator
 from ray_jobs.outcome import FAILED, FINISHED, NOT_STARTED, PRUNED, Outcome, outcomes
 from ray_jobs.search import axes_for
 from ray_jobs.storage import note_sweep, sweep_folder
-from ray_jobs.sweep import Sweep, _go_on_as_before, _parse, _say_what_lasts, run_sweep
+from ray_jobs.sweep import Sweep, _go_on_as_before, _parse, _require_stages, _say_what_lasts, run_sweep
 from ray_jobs.sweep_record import SweepRecord
 from ray_jobs.task import checked_settings
+from ray_jobs.trial import DEFAULT_STAGES
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
 
@@ -170,6 +172,10 @@ def test_an_unknown_axis_or_flag_stops_before_ray_is_asked(tmp_path: Path, monke
         (["--lora_r", "64"], r"--lora_r: this sweep varies lora_r over \[8, 16, 32\].* the axis in wrong.py"),
         (["--lora_dropout=0.3"], "--lora_dropout: this sweep varies"),
         (["--learning-rate", "1e-3"], r"--learning-rate: this sweep varies learning_rate over Range\(low=5e-05"),
+        (["--dry_run"], "`python recipes/flickr8k.py --dry_run`"),
+        (["--stages", "train"], "--stages train gives no trial finetuned_bleu4, .*: add evaluate, or"),
+        (["--stages", "evaluate"], ": add train, or"),
+        (["--stages", "check", "report"], ": add train and evaluate, or"),
     ):
         with pytest.raises(UserError, match=message):
             run_sweep(right, "wrong", words)
@@ -177,6 +183,21 @@ def test_an_unknown_axis_or_flag_stops_before_ray_is_asked(tmp_path: Path, monke
     with pytest.raises(UserError, match="--no_compile_layers: this sweep varies compile_layers"):
         run_sweep(switch, "wrong", [*TINY, "--no_compile_layers"])
     assert not ray.is_initialized()
+
+
+def test_stages_are_refused_only_where_trials_would_have_no_score() -> None:
+    sweep = load("flickr8k_lora")
+    by_loss = dataclasses.replace(sweep, metric="train_final_loss")
+
+    def settle(judged: Sweep, *words: str) -> None:
+        _require_stages(judged, checked_settings(ROOT / sweep.recipe, [*DEFAULT_STAGES, *words]).recipe)
+
+    settle(sweep)
+    settle(sweep, "--stages", "check", "train", "evaluate")
+    settle(sweep, "--stages", "evaluate", "--adapter", "trained")
+    settle(by_loss, "--stages", "train")
+    with pytest.raises(UserError, match=": add train, or"):
+        settle(by_loss, "--stages", "evaluate", "--adapter", "trained")
 
 
 FAILING = """
