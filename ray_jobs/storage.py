@@ -3,11 +3,12 @@
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qvl.errors import UserError
+from qvl.errors import UserError, first_line
 
 _SWEEP_FILE = "sweep.json"
 _STATE_FILE = re.compile(r"experiment_state-.*\.json")
@@ -35,6 +36,20 @@ def _file_system(storage: str) -> tuple[Any, str]:
     return FileSystem.from_uri(storage)
 
 
+@contextmanager
+def _refusing(storage: str) -> Iterator[None]:
+    """Says of a storage that gives or takes no file what is to be mended."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (OSError, ArrowException) as error:
+        raise UserError(
+            f"--storage_path {storage} cannot be used ({first_line(error)}): correct it, or name a folder or a "
+            "bucket that is there and has room."
+        ) from error
+
+
 def sweep_folder(storage: str, name: str, resume: str | None) -> tuple[str, dict[str, Any]]:
     """The name of the sweep's folder in the storage, and what an earlier driver has noted there.
 
@@ -44,14 +59,15 @@ def sweep_folder(storage: str, name: str, resume: str | None) -> tuple[str, dict
         resume: None for a new sweep, "newest", or the name of a folder.
 
     Raises:
-        UserError: there is nothing to resume, or what Ray kept of it cannot be read.
+        UserError: there is nothing to resume, or the storage or what Ray kept there cannot be read.
     """
     if resume is None:
         return f"{name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}", {}
     from pyarrow.fs import FileSelector
 
-    files, root = _file_system(storage)
-    found = sorted(info.base_name for info in files.get_file_info(FileSelector(root, allow_not_found=True)))
+    with _refusing(storage):
+        files, root = _file_system(storage)
+        found = sorted(info.base_name for info in files.get_file_info(FileSelector(root, allow_not_found=True)))
     wanted = [folder for folder in found if folder == resume or (resume == "newest" and folder.startswith(f"{name}_"))]
     if not wanted:
         raise UserError(f"--resume {resume}: {storage} holds {', '.join(found) or 'no sweep'}.")
@@ -83,9 +99,24 @@ def _require_state(files: Any, folder: str, parent_id: str) -> None:
         ) from error
 
 
+def make_sweep_folder(storage: str, folder: str) -> None:
+    """Makes the folder of a new sweep, which shows whether the storage can be written to.
+
+    Raises:
+        UserError: it cannot.
+    """
+    with _refusing(storage):
+        files, root = _file_system(storage)
+        files.create_dir(f"{root}/{folder}", recursive=True)
+
+
 def note_sweep(storage: str, folder: str, content: Mapping[str, Any]) -> None:
-    """Leaves in a sweep's folder what a resumed sweep begins with."""
-    files, root = _file_system(storage)
-    files.create_dir(f"{root}/{folder}", recursive=True)
-    with files.open_output_stream(f"{root}/{folder}/{_SWEEP_FILE}") as file:
-        file.write(json.dumps(content).encode())
+    """Leaves in a sweep's folder what a resumed sweep begins with.
+
+    Raises:
+        UserError: there is no room for it.
+    """
+    with _refusing(storage):
+        files, root = _file_system(storage)
+        with files.open_output_stream(f"{root}/{folder}/{_SWEEP_FILE}") as file:
+            file.write(json.dumps(content).encode())

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from qvl.errors import Terminated, UserError, first_line
 from ray_jobs.axes import Axis, example_of
 from ray_jobs.environment import code_for_workers, has_travelled, travelling_variables
-from ray_jobs.storage import note_sweep, storage_address, sweep_folder
+from ray_jobs.storage import make_sweep_folder, note_sweep, storage_address, sweep_folder
 
 if TYPE_CHECKING:
     from ray.tune import Tuner
@@ -120,16 +120,18 @@ def run_sweep(sweep: Sweep, name: str, argv: Sequence[str]) -> bool:
     store = open_store()
     require_reachable_by_all(store, _machines())
     environment["MLFLOW_TRACKING_URI"] = store.uri
-    record = _open_record(sweep, store, folder_name, options, words, left.get("parent_id"))
-    folder = None if has_travelled() else str(Path.cwd())
-    recipe = Path(sweep.recipe).stem
-    plan = Plan(sweep.recipe, recipe, tuple(words), folder, record.run_id, options.scheduler == "pbt")
     if not left:
-        kept = {name: getattr(options, name) for name in _KEPT}
-        note_sweep(storage, folder_name, {"words": words, **kept, "parent_id": record.run_id})
-    print(f"Sweep {folder_name} in {storage}; MLflow: {record.where_to_look}", flush=True)
+        make_sweep_folder(storage, folder_name)
     signal.signal(signal.SIGTERM, _terminate)
+    record = _open_record(sweep, store, folder_name, options, words, left.get("parent_id"))
     try:
+        folder = None if has_travelled() else str(Path.cwd())
+        recipe = Path(sweep.recipe).stem
+        plan = Plan(sweep.recipe, recipe, tuple(words), folder, record.run_id, options.scheduler == "pbt")
+        if not left:
+            kept = {name: getattr(options, name) for name in _KEPT}
+            note_sweep(storage, folder_name, {"words": words, **kept, "parent_id": record.run_id})
+        print(f"Sweep {folder_name} in {storage}; MLflow: {record.where_to_look}", flush=True)
         tuner = _tuner(sweep, options, axes, plan, environment, settings, storage, folder_name, bool(left))
         trials = _run_trials(tuner, sweep, storage)
         best = next((trial for trial in trials if trial.score is not None), None)

@@ -31,7 +31,7 @@ from ray_jobs.children import TRIAL_TAG, children, find_or_make_child, require_r
 from ray_jobs.narrator import Narrator
 from ray_jobs.outcome import FAILED, FINISHED, NOT_STARTED, PRUNED, Outcome, outcomes
 from ray_jobs.search import axes_for
-from ray_jobs.storage import note_sweep, sweep_folder
+from ray_jobs.storage import make_sweep_folder, note_sweep, sweep_folder
 from ray_jobs.sweep import Sweep, _go_on_as_before, _parse, _require_stages, _say_what_lasts, run_sweep
 from ray_jobs.sweep_record import SweepRecord
 from ray_jobs.task import checked_settings
@@ -316,6 +316,27 @@ def test_a_bad_row_and_a_full_disk_take_nothing_from_finished_trials(
     assert (adapter_on(in_cluster, finished) / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("address", ["file:///proc/bucket/sweeps", "s4://bucket/sweeps"])
+def test_a_storage_that_takes_nothing_is_told_before_anything_is_recorded(address: str, in_cluster: Path) -> None:
+    with pytest.raises(UserError, match=f"--storage_path {address} cannot be used .*: correct it"):
+        run_sweep(load("flickr8k_lora"), "nowhere", [*TINY, "--storage_path", address])
+    client = client_of(in_cluster)
+    assert client.search_runs([experiment.experiment_id for experiment in client.search_experiments()]) == []
+    with pytest.raises(UserError, match=f"--storage_path {address} cannot be used|{address} holds no sweep"):
+        sweep_folder(address, "nowhere", "newest")
+
+
+def test_a_sweep_that_finds_no_room_for_its_first_note_does_not_stay_running(
+    in_cluster: Path, small_disk: Path
+) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        (small_disk / "others").write_bytes(bytes(2**23))
+    with pytest.raises(UserError, match=f"--storage_path {small_disk} cannot be used .*No space left"):
+        run_sweep(load("flickr8k_lora"), "full", [*TINY, "--storage_path", str(small_disk)])
+    parent, below = runs_of(in_cluster)
+    assert (parent.info.status, below) == ("FAILED", [])
+
+
 def test_an_error_of_rays_own_is_told_too(capsys: pytest.CaptureFixture[str]) -> None:
     """Ray leaves no error behind then, and what tells of it must not end the sweep."""
     trial = SimpleNamespace(trial_id="0a1b", pickled_error_file=None)
@@ -326,6 +347,7 @@ def test_an_error_of_rays_own_is_told_too(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("state", [None, '{"trial_data": ['])
 def test_a_sweep_without_rays_record_is_not_resumed(state: str | None, tmp_path: Path) -> None:
     """Ray would know of no trials, and begin one that varies nothing."""
+    make_sweep_folder(str(tmp_path), "lost_1")
     note_sweep(str(tmp_path), "lost_1", {"words": [], "scheduler": "fifo", "parent_id": "0a1b"})
     if state is not None:
         (tmp_path / "lost_1" / "experiment_state-2026.json").write_text(state)
