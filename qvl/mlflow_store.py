@@ -127,6 +127,16 @@ class Store:
             with self.lock():
                 experiment_id = self.experiment_id(recipe)
             return self.client.create_run(experiment_id, run_name=run_name)
+        run = self.recorded_run(run_id, params)
+        self.client.update_run(run_id, status="RUNNING")
+        return run
+
+    def recorded_run(self, run_id: str, params: Mapping[str, str]) -> "Run":
+        """A run that is there, to go on with or to add to.
+
+        Raises:
+            UserError: it is missing or had other parameters.
+        """
         try:
             run = self.client.get_run(run_id)
         except Exception as error:
@@ -134,7 +144,6 @@ class Store:
                 f"MLFLOW_RUN_ID={run_id} cannot be continued: {redact(_reason(error))}. Unset it to get a new run."
             ) from error
         _check_continued_params(run, params)
-        self.client.update_run(run_id, status="RUNNING")
         return run
 
     def experiment_id(self, recipe: str) -> str:

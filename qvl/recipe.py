@@ -119,6 +119,7 @@ def run(
     argv: Sequence[str] = (),
     kept: "KeptBase | None" = None,
     callbacks: "Sequence[TrainerCallback]" = (),
+    adds_to_run: str | None = None,
 ) -> dict[str, float]:
     """Runs a recipe; the one entry that the command line and a sweep share.
 
@@ -128,6 +129,8 @@ def run(
         argv: command line without the program's name.
         kept: what runs of one process share.
         callbacks: of the trainer, for whoever follows the training from outside.
+        adds_to_run: id of an MLflow run that has ended and gets the numbers and files of this one, which then has no
+            MLflow run of its own. That run and its folder, which is this one's, keep their duration and settings.
 
     Returns:
         The run's numbers by their MLflow names, such as `finetuned_bleu4`; empty for --dry_run.
@@ -157,7 +160,7 @@ def run(
     gets_signals = threading.current_thread() is threading.main_thread()
     previous = ending_signals.take_over(_terminate) if gets_signals else {}
     try:
-        return _run_stages(recipe, settings, own, folder, start, kept, callbacks)
+        return _run_stages(recipe, settings, own, folder, start, kept, callbacks, adds_to_run)
     finally:
         ending_signals.give_back(previous)
         if processes.is_main():
@@ -214,6 +217,7 @@ def _run_stages(
     start: float,
     kept: "KeptBase | None",
     callbacks: "Sequence[TrainerCallback]",
+    adds_to_run: str | None,
 ) -> dict[str, float]:
     from qvl import run_folder
     from qvl.active_run import Run, load_data
@@ -227,7 +231,7 @@ def _run_stages(
     from qvl.precision import find_device
     from qvl.score_table import comparison_table
     from qvl.sharding import load_whole_models, require_shardable
-    from qvl.tracking import open_run
+    from qvl.tracking import add_to_run, open_run
     from qvl.trained_parts import names_of_trained_parts, trained_parts
     from qvl.trainer import require_loss_for
 
@@ -259,9 +263,15 @@ def _run_stages(
     memory = memory_for_run(settings, config, data, processing_class)
     print(f"Run folder: {folder}", flush=True)
     params = _params(settings, data, getattr(config, "_commit_hash", None))
-    with open_run(recipe.name, folder, params, store_dir=_store_dir(folder)) as record:
+    store_dir = _store_dir(folder)
+    opened = (
+        open_run(recipe.name, folder, params, store_dir)
+        if adds_to_run is None
+        else add_to_run(adds_to_run, params, store_dir)
+    )
+    with opened as record:
         # Not before MLflow is reached: a run that never began should not be the newest one to continue.
-        if processes.is_main():
+        if processes.is_main() and adds_to_run is None:
             whole = of_the_whole_run(settings, own) if own is not None else settings
             write_text_atomically(folder / "settings.yaml", whole.to_yaml())
         active = Run(recipe.name, settings, folder, data, processing_class, record, recipe.scores)
@@ -271,7 +281,8 @@ def _run_stages(
             for stage in settings.recipe.stages:
                 _run_stage(active, stage, resume_from)
         finally:
-            record.log_metrics({"total_seconds": time.perf_counter() - start})
+            if adds_to_run is None:
+                record.log_metrics({"total_seconds": time.perf_counter() - start})
             record.log_files(folder)
         metrics_file = folder / "metrics.json"
         metrics = json.loads(metrics_file.read_text(encoding="utf-8")) if metrics_file.is_file() else {}

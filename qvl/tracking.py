@@ -212,7 +212,7 @@ def open_run(
     if not is_main():
         yield _Unrecorded()
         return
-    texts = {name: _shortened(str(value), _MAX_PARAM_CHARACTERS) for name, value in _clean(params).items()}
+    texts = _param_texts(params)
     all_tags = {"recipe": recipe, "run_dir": str(run_dir.absolute()), **provenance_tags(), **(tags or {})}
     store = Store(store_dir)
     try:
@@ -235,6 +235,34 @@ def open_run(
             record._close("FAILED", f"{type(error).__name__}: {first_line(error)}")
         raise
     record._close("FINISHED")
+
+
+@contextmanager
+def add_to_run(run_id: str, params: Mapping[str, Any], store_dir: Path) -> Iterator[RunRecord]:
+    """Takes numbers and files into a run that has ended and stays as it ended: status, times, parameters and tags.
+
+    Args:
+        run_id: MLflow's id of the run.
+        params: of what is added, which have to be those of the run where both have them.
+        store_dir: as for `open_run`.
+
+    Raises:
+        StoreError: the store or server cannot be used.
+        UserError: the run is missing or had other parameters.
+    """
+    if not is_main():
+        yield _Unrecorded()
+        return
+    store = Store(store_dir)
+    record = RunRecord(store, store.recorded_run(run_id, _param_texts(params)))
+    try:
+        yield record
+    finally:
+        record._send_metrics()
+
+
+def _param_texts(params: Mapping[str, Any]) -> dict[str, str]:
+    return {name: _shortened(str(value), _MAX_PARAM_CHARACTERS) for name, value in _clean(params).items()}
 
 
 def _describe_or_refuse(store: Store, record: RunRecord, params: Mapping[str, str], tags: Mapping[str, str]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+import yaml
 from local_ray import QUICK, ROOT, clean_environment, free_ports
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
@@ -103,6 +104,17 @@ def adapter_on(folder: Path, run: Any) -> Path:
     return Path(client_of(folder).download_artifacts(run.info.run_id, "adapter"))
 
 
+def assert_says_what_the_trial_did(folder: Path, run: Any) -> None:
+    """The best trial's run, to which the comparison with the base model was added."""
+    client = client_of(folder)
+    assert (run.info.status, run.data.tags["trial_state"]) == ("FINISHED", "finished")
+    assert "error" not in run.data.tags
+    assert len(client.get_metric_history(run.info.run_id, "total_seconds")) == 1
+    assert "RecipeTrial" in run.data.tags["run_dir"]
+    settings = Path(client.download_artifacts(run.info.run_id, "settings.yaml")).read_text()
+    assert yaml.safe_load(settings)["stages"] == ["train", "evaluate"]
+
+
 def load(name: str) -> Sweep:
     import runpy
 
@@ -137,6 +149,11 @@ def test_two_trials_of_each_sweep(name: str, in_cluster: Path, capsys: pytest.Ca
     assert {"adapter", "report.html", "trials.csv", "trials.json", "trials.png"} <= artifacts
     table = json.loads(Path(client_of(in_cluster).download_artifacts(parent.info.run_id, "trials.json")).read_text())
     assert [row["state"] for row in table["trials"]] == ["finished"] * 2
+    (best,) = [run for run in below if sweep.metric.replace("finetuned_", "baseline_") in run.data.metrics]
+    assert_says_what_the_trial_did(in_cluster, best)
+    assert any(name.startswith("difference_") for name in best.data.metrics)
+    added = {file.path for file in client_of(in_cluster).list_artifacts(best.info.run_id)}
+    assert {"baseline_predictions.jsonl", "predictions.json", "report.html"} <= added
     # One actor for both: the second trial found everything in place.
     starts = [run.data.metrics["train_seconds"] for run in below]
     assert len(starts) == 2
@@ -269,9 +286,8 @@ def test_eight_trials_survive_a_lost_node_a_lost_driver_and_one_that_does_not_fi
         assert run.info.status == {"finished": "FINISHED", "failed": "FAILED"}[run.data.tags["trial_state"]]
         if run.info.status == "FINISHED":
             assert {point.step for point in client.get_metric_history(run.info.run_id, "loss")} == set(range(1, 13))
-    # What had finished was left alone, but for the best one, whose run got its report.
-    touched = [run for run in below if finished_before.get(run.info.run_id, run.info.end_time) != run.info.end_time]
-    assert len(touched) <= 1
+    # What had finished was left alone.
+    assert {run.info.run_id: run.info.end_time for run in below}.items() >= finished_before.items()
 
     from peft import PeftModel
     from tiny import base
@@ -280,6 +296,39 @@ def test_eight_trials_survive_a_lost_node_a_lost_driver_and_one_that_does_not_fi
     assert sum(parameter.abs().sum().item() for name, parameter in adapted.named_parameters() if "lora_B" in name) > 0
     adapted.unload()
     assert torch.is_tensor(next(adapted.parameters()))
+
+
+SCORED_BY_THE_FIRST_PROCESS_ALONE = """
+import dataclasses, os, runpy
+from pathlib import Path
+from qvl.text_scores import TextScore
+
+def once(prediction, references):
+    first = Path(__file__).with_name("first")
+    if not first.exists():
+        first.write_text(str(os.getpid()))
+    if first.read_text() != str(os.getpid()):
+        raise ArithmeticError("no score for the base model")
+    return 1.0
+
+RECIPE = dataclasses.replace(runpy.run_path({recipe!r})["RECIPE"], scores={{"once": TextScore(once, "once")}})
+"""
+
+
+def test_a_baseline_that_fails_takes_nothing_from_the_best_trial(
+    in_cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = in_cluster / "flickr8k.py"
+    recipe.write_text(SCORED_BY_THE_FIRST_PROCESS_ALONE.format(recipe=str(ROOT / "recipes" / "flickr8k.py")))
+    sweep = Sweep(str(recipe), {"lora_r": [4]}, "finetuned_rouge_l", "max", 1, 2)
+    assert run_sweep(sweep, "unscored", [*TINY, "--scores", "rouge_l", "once"])
+    screen = capsys.readouterr().out
+    assert re.search("The report of the best trial failed .* ArithmeticError: no score for the base model", screen)
+    parent, (best,) = runs_of(in_cluster)
+    assert_says_what_the_trial_did(in_cluster, best)
+    assert best.data.metrics["finetuned_once"] == 1.0
+    assert parent.info.status == "FINISHED"
+    assert (adapter_on(in_cluster, parent) / "adapter_model.safetensors").is_file()
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import pytest
 from qvl.errors import Terminated, UserError
 from qvl.provenance import command_line, provenance_tags
 from qvl.redaction import REDACTED, redact, redact_known_secrets
-from qvl.tracking import open_run
+from qvl.tracking import add_to_run, open_run
 
 SERVER_START_SECONDS = 60
 
@@ -449,6 +449,39 @@ def test_run_of_an_outer_process_is_continued(store_dir: Path, run_dir: Path, mo
     assert _client(store_dir).get_run(outer.run_id).info.status == "FINISHED"
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
     with pytest.raises(UserError, match="MLFLOW_RUN_ID"), open_run("outer", run_dir, {}, store_dir):
+        pass
+
+
+def test_what_is_added_to_a_run_leaves_it_as_it_ended(store_dir: Path, run_dir: Path):
+    (run_dir / "report.html").write_text("compared")
+    with open_run("added", run_dir, {"seed": 42}, store_dir) as first:
+        first.log_metrics({"finetuned_bleu4": 0.5})
+    client = _client(store_dir)
+    before = client.get_run(first.run_id)
+    with add_to_run(first.run_id, {"seed": 42, "lora_r": 8}, store_dir) as added:
+        assert client.get_run(first.run_id).info.status == "FINISHED"
+        added.log_metrics({"baseline_bleu4": 0.25})
+        added.log_files(run_dir)
+
+    def fail() -> None:
+        with add_to_run(first.run_id, {"seed": 42}, store_dir) as failing:
+            failing.log_metrics({"baseline_rouge_l": 0.75})
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        fail()
+    after = client.get_run(first.run_id)
+    assert (after.info.to_proto(), after.data.tags, after.data.params) == (
+        before.info.to_proto(),
+        before.data.tags,
+        before.data.params,
+    )
+    assert after.data.metrics == {"finetuned_bleu4": 0.5, "baseline_bleu4": 0.25, "baseline_rouge_l": 0.75}
+    assert [file.path for file in client.list_artifacts(first.run_id)] == ["report.html"]
+    with (
+        pytest.raises(UserError, match="seed=42, this one has seed=7"),
+        add_to_run(first.run_id, {"seed": 7}, store_dir),
+    ):
         pass
 
 
