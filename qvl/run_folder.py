@@ -132,19 +132,19 @@ def find_checkpoint(folder: Path, wanted: str) -> Path:
         wanted: "true" for its newest complete checkpoint, or a checkpoint's path.
 
     Raises:
-        UserError: there is none, or another number of processes has saved it.
+        UserError: there is none, it lacks the optimizer's state, or another number of processes has saved it.
     """
     if wanted.lower() != "true":
         if not (Path(wanted) / "trainer_state.json").is_file():
             raise UserError(f"--resume_from_checkpoint {wanted} is no complete checkpoint (no trainer_state.json).")
-        return _of_as_many_processes(Path(wanted))
+        return _resumable(Path(wanted))
     found = _complete_checkpoints(folder)
     if not found:
         raise UserError(
             f"{folder} holds no checkpoint to resume from: name the run with --output_dir, or start afresh without "
             "--resume_from_checkpoint. (They are removed once training is done, unless --keep_checkpoints.)"
         )
-    return _of_as_many_processes(found[max(found)])
+    return _resumable(found[max(found)])
 
 
 def require_no_checkpoint(folder: Path) -> None:
@@ -169,13 +169,19 @@ def _complete_checkpoints(folder: Path) -> dict[int, Path]:
     }
 
 
-def _of_as_many_processes(checkpoint: Path) -> Path:
-    """The checkpoint, if as many processes have saved it as there are now: upstream goes on with others all the same.
+def _resumable(checkpoint: Path) -> Path:
+    """The checkpoint, if all of it is there and as many processes have saved it as there are now.
 
-    It counts in batches what was trained on, and theirs were of another size; each process has its own random numbers.
+    Upstream goes on with others all the same, and with an optimizer that begins anew. It counts in batches what was
+    trained on, and theirs were of another size; each process has its own random numbers.
     """
     num_saved = len(list(checkpoint.glob("rng_state_*.pth"))) or int((checkpoint / "rng_state.pth").is_file())
-    if num_saved not in (0, num_processes()):
+    if num_saved == 0:
+        raise UserError(
+            f"{checkpoint} was saved with --save_only_model, without the optimizer's state: a training cannot go on "
+            f"from it. Train its adapter further in another folder: --adapter {checkpoint}."
+        )
+    if num_saved != num_processes():
         raise UserError(
             f"{checkpoint} was saved by {num_saved} process(es), and this run has {num_processes()}: other rows would "
             f"be skipped than those that were trained on. Resume it with {num_saved}."

@@ -40,7 +40,7 @@ from qvl.trainer import build_trainer, train
 from qvl.training_checks import GradientWatch, check_base_kept
 from qvl.training_form import checkpointing_arguments, lower_base_precision, ready_for_compiling, training_form
 from qvl.training_phases import phase_switches
-from qvl.training_rows import packed_if_wanted, prepare_training_rows
+from qvl.training_rows import packed_if_wanted, prepare_training_rows, require_rows_of_before
 from qvl.turns import truncate_turns
 
 _NUM_EXAMPLES_SHOWN = 3
@@ -62,6 +62,8 @@ def train_adapter(run: Run, resume_from: Path | None) -> None:
 
 def _train_adapter(run: Run, resume_from: Path | None) -> None:
     _require_images_for_parts(run)
+    if resume_from is not None:
+        on_main(lambda: require_rows_of_before(run))
     rows, collator = prepare_training_rows(run)
     trained_rows = packed_if_wanted(run, rows, collator)
     _say_what_comes_twice(run, len(trained_rows))

@@ -1,6 +1,7 @@
 """From examples to what the trainer iterates over: rows that fit, answers beside their prompt, and their collator."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
 
 from datasets import Dataset
@@ -61,7 +62,9 @@ def prepare_training_rows(run: Run) -> tuple[Dataset, CompletionCollator | Share
         {"num_overlong_rows_dropped": num_dropped, "num_bad_rows_skipped": run.data.summary.num_skipped}
     )
     if is_main():
-        write_json_atomically(run.folder / "token_lengths.json", summarize_lengths(lengths, training.max_length))
+        summary = summarize_lengths(lengths, training.max_length)
+        fingerprint = run.data.summary.train.fingerprint
+        write_json_atomically(run.folder / "token_lengths.json", {**summary, "data_fingerprint": fingerprint})
     truncate = recipe.overlong == "truncate_text"
     joined = joined_completions(fitting, recipe.captions_per_step) if recipe.shared_prefix else fitting
     if not _knows_segments(run, would_share=len(joined) < len(fitting) or training.packing):
@@ -76,6 +79,22 @@ def prepare_training_rows(run: Run) -> tuple[Dataset, CompletionCollator | Share
         padding_free=training.padding_free or training.packing,
         pad_to_multiple_of=LENGTH_MULTIPLE_TOKENS if run.device.type == "cuda" else 1,
     )
+
+
+def require_rows_of_before(run: Run) -> None:
+    """Stops a training that is resumed on other rows: it skips as many as were trained on, which would be others.
+
+    Raises:
+        UserError: the rows have changed.
+    """
+    path = run.folder / "token_lengths.json"
+    before = json.loads(path.read_text(encoding="utf-8")).get("data_fingerprint") if path.is_file() else None
+    if before not in (None, run.data.summary.train.fingerprint):
+        raise UserError(
+            f"The training rows of {run.data.summary.dataset_name} are not those that {run.folder} was trained on up "
+            "to its checkpoint: others would be skipped than those that were. Put them back as they were, or train "
+            "further in another folder: --adapter with the checkpoint."
+        )
 
 
 def packed_if_wanted(run: Run, rows: Dataset, collator: CompletionCollator | SharedPrefixCollator) -> Dataset:

@@ -150,6 +150,15 @@ def test_what_a_resumed_training_would_not_do_is_refused(argv: list[str], messag
 
 
 @pytest.mark.parametrize("copy", ["interrupted"], indirect=True)
+def test_a_training_is_not_resumed_on_other_rows(copy: Path) -> None:
+    path = copy / "token_lengths.json"
+    lengths = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**lengths, "data_fingerprint": "0" * 64}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"rows of qvl/scenes are not those that .* was trained on"):
+        go_on(copy, "--resume_from_checkpoint", "true", "--stages", "train")
+
+
+@pytest.mark.parametrize("copy", ["interrupted"], indirect=True)
 def test_a_resumed_training_may_be_longer(copy: Path) -> None:
     go_on(copy, "--resume_from_checkpoint", "true", "--stages", "train", "--max_steps", "4")
     assert [row["step"] for row in read_jsonl(copy / "training_log.jsonl") if "loss" in row] == [1, 2, 3, 4]

@@ -121,6 +121,7 @@ def checkpoint(run: Path, step: Any, complete: bool = True) -> Path:
     folder.mkdir(parents=True)
     if complete:
         (folder / "trainer_state.json").write_text('{"global_step": 1}', encoding="utf-8")
+        (folder / "rng_state.pth").touch()
     return folder
 
 
@@ -149,6 +150,7 @@ def test_a_checkpoint_is_resumed_by_as_many_processes_as_saved_it(
     files: tuple[str, ...], num_saved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = checkpoint(tmp_path, 2)
+    (found / "rng_state.pth").unlink()
     for name in files:
         (found / name).touch()
     for wanted in ("true", str(found)):
@@ -157,6 +159,13 @@ def test_a_checkpoint_is_resumed_by_as_many_processes_as_saved_it(
         monkeypatch.setenv("WORLD_SIZE", str(3 - num_saved))
         with pytest.raises(UserError, match=rf"saved by {num_saved} process.*Resume it with {num_saved}\."):
             find_checkpoint(tmp_path, wanted)
+
+
+def test_a_checkpoint_without_the_optimizer_is_not_gone_on_from(tmp_path: Path) -> None:
+    found = checkpoint(tmp_path, 2)
+    (found / "rng_state.pth").unlink()
+    with pytest.raises(UserError, match=r"saved with --save_only_model, .*--adapter .*checkpoint-2\."):
+        find_checkpoint(tmp_path, "true")
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
