@@ -17,6 +17,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from qvl.ending_signals import give_back, take_over
 from qvl.errors import UserError
 from qvl.files import read_jsonl
 from qvl.recipe import run
@@ -173,43 +174,48 @@ def test_a_report_cannot_change_what_was_trained(argv: list[str], whole: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ignored", [False, True], ids=["closed", "nohup"])
-def test_a_terminal_that_is_closed_ends_a_training_as_sigterm_does(ignored: bool, tmp_path: Path) -> None:
+def test_a_terminal_that_is_closed_ends_a_training_as_sigterm_does(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    flags = "--smoke --stages train --num_train_examples 64 --num_eval_examples 4 --logging_steps 1 --max_steps"
+    flags = "--smoke --stages train --num_train_examples 64 --num_eval_examples 4 --logging_steps 1 --max_steps 500"
     ours, its = os.openpty()
-
-    def own_terminal() -> None:
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        if ignored:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
     process = subprocess.Popen(
-        [sys.executable, "recipes/flickr8k.py", *flags.split(), "8" if ignored else "500", "--output_dir", str(folder)],
+        [sys.executable, "recipes/flickr8k.py", *flags.split(), "--output_dir", str(folder)],
         cwd=ROOT,
         stdin=its,
-        stdout=subprocess.DEVNULL if ignored else its,
-        stderr=subprocess.DEVNULL if ignored else its,
+        stdout=its,
+        stderr=its,
         start_new_session=True,
-        preexec_fn=own_terminal,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )
     os.close(its)
+    os.set_blocking(ours, False)
     log = folder / "training_log.jsonl"
     deadline = time.monotonic() + 240
     try:
         while not (log.is_file() and len(read_jsonl(log)) >= 2):
             assert process.poll() is None and time.monotonic() < deadline
-            if not ignored:
-                os.set_blocking(ours, False)
-                with contextlib.suppress(BlockingIOError):
-                    os.read(ours, 65536)
+            with contextlib.suppress(BlockingIOError):
+                os.read(ours, 65536)
             time.sleep(0.1)
         os.close(ours)
-        assert process.wait(timeout=240) == (0 if ignored else 143)
+        assert process.wait(timeout=240) == 143
     finally:
         process.kill()
         process.wait()
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (recorded,) = client.search_runs([item.experiment_id for item in client.search_experiments()])
-    assert recorded.info.status == ("FINISHED" if ignored else "KILLED")
-    assert bool(list(folder.glob("checkpoints/checkpoint-*/trainer_state.json"))) is not ignored
+    assert recorded.info.status == "KILLED"
+    assert list(folder.glob("checkpoints/checkpoint-*/trainer_state.json"))
+
+
+@pytest.mark.parametrize(("before", "number"), [(signal.SIG_DFL, 2), (signal.SIG_IGN, 1)])
+def test_who_ignores_a_closed_terminal_goes_on(before: Any, number: int) -> None:
+    """As nohup does."""
+    own = signal.signal(signal.SIGHUP, before)
+    try:
+        previous = take_over(lambda number, frame: None)
+        assert len(previous) == number and (signal.SIGHUP in previous) is (before is signal.SIG_DFL)
+        give_back(previous)
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, own)
