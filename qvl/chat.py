@@ -57,18 +57,22 @@ class Conversation:
         """Takes an image for the next turn.
 
         Raises:
-            UserError: a text-only model, or no readable image there.
+            UserError: a text-only model, no readable image there, or one of a shape that the processor refuses.
         """
         from qvl.images import ImageError, decode_rgb
+        from qvl.survey import size_refusal
 
         if not self.partner.sees_images:
             raise UserError(f"{path} cannot be shown: this model takes text only.")
         try:
-            self.waiting.append(decode_rgb(Path(path).expanduser().read_bytes()))
+            image = decode_rgb(Path(path).expanduser().read_bytes())
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}.") from error
         except ImageError as error:
             raise UserError(f"{path} {error}.") from error
+        if refusal := size_refusal(self.partner.processing_class, image.width, image.height):
+            raise UserError(f"{path} cannot be shown: the model's processor refuses its size ({refusal}).")
+        self.waiting.append(image)
 
     def say(self, text: str) -> None:
         """One turn of the user and the answer to it, which is printed as it comes.

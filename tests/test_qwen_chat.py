@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from commands import recipe_command
 from mlflow import MlflowClient
+from PIL import Image
 from tiny import CHAT, VISION, picture, processing_class
 from transformers import TextStreamer
 
@@ -357,9 +358,12 @@ def test_images_are_shown_by_path_at_the_size_of_the_training(
     assert len(conversation.images) == 2
     with pytest.raises(UserError, match="stands for an image"):
         conversation.say("<|image_pad|>")
-    for path, said in ((str(outputs / "no.png"), "cannot be read"), (str(SAMPLE), "chat_sample.jsonl")):
+    line = outputs / "line.png"
+    Image.new("RGB", (600, 2)).save(line)
+    refused = {outputs / "no.png": "cannot be read", SAMPLE: "chat_sample.jsonl", line: "refuses its size .*200"}
+    for path, said in refused.items():
         with pytest.raises(UserError, match=said):
-            conversation.show(path)
+            conversation.show(str(path))
 
 
 @pytest.mark.slow
