@@ -1,9 +1,10 @@
-"""The signals that ask a run to end: SIGTERM, and SIGHUP of a terminal that is gone."""
+"""The signals that ask a run to end: SIGTERM, and SIGHUP of a terminal that is closed."""
 
-import os
+import errno
+import io
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -13,23 +14,12 @@ Handler = Callable[[int, FrameType | None], None]
 def take_over(handler: Handler) -> dict[int, Any]:
     """Has `handler` called in a process's main thread, which is the one that gets signals.
 
-    Args:
-        handler: called with the signal, once nothing is written to a terminal that is gone.
-
     Returns:
         The handlers before, for `give_back`.
     """
-    # A terminal that is gone no longer says that it is one.
-    terminals = [stream.fileno() for stream in (sys.__stdout__, sys.__stderr__) if stream and stream.isatty()]
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            _write_to_nowhere(terminals)
-        handler(number, frame)
-
     # Whoever ignores it, as nohup does, wants the run to go on.
     numbers = [signal.SIGTERM, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]
-    return {number: signal.signal(number, handle) for number in numbers}
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 def give_back(previous: dict[int, Any]) -> None:
@@ -38,9 +28,24 @@ def give_back(previous: dict[int, Any]) -> None:
         signal.signal(number, handler or signal.SIG_DFL)
 
 
-def _write_to_nowhere(terminals: Sequence[int]) -> None:
-    """A terminal that is gone refuses every line, in the midst of what is to be saved."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for number in terminals:
-        os.dup2(nowhere, number)
-    os.close(nowhere)
+class _Terminal(io.FileIO):
+    """A terminal that takes every line when it is gone, where it would refuse them."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return len(data)
+
+
+def outlive_terminal() -> None:
+    """Lets this process write to a terminal that is closed, in the midst of what is to be saved."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and stream.isatty():
+            stream.flush()
+            lines = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
+            text = io.TextIOWrapper(lines, encoding=stream.encoding, errors=stream.errors, line_buffering=True)
+            setattr(sys, name, text)

@@ -69,6 +69,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> NoReturn:
     0 done, 1 a check failed, 2 a mistake to mend, 130 Ctrl-C, 143 SIGTERM. Of several processes one says why.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    ending_signals.outlive_terminal()
     try:
         if _is_ray_job_without_gpu():
             _become_ray_task(words)

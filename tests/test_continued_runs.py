@@ -178,6 +178,12 @@ def test_a_terminal_that_is_closed_ends_a_training_as_sigterm_does(tmp_path: Pat
     folder = tmp_path / "run"
     flags = "--smoke --stages train --num_train_examples 64 --num_eval_examples 4 --logging_steps 1 --max_steps 500"
     ours, its = os.openpty()
+
+    def take_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        # Tests may have been started by nohup.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
     process = subprocess.Popen(
         [sys.executable, "recipes/flickr8k.py", *flags.split(), "--output_dir", str(folder)],
         cwd=ROOT,
@@ -185,7 +191,7 @@ def test_a_terminal_that_is_closed_ends_a_training_as_sigterm_does(tmp_path: Pat
         stdout=its,
         stderr=its,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=take_terminal,
     )
     os.close(its)
     os.set_blocking(ours, False)
@@ -219,3 +225,25 @@ def test_who_ignores_a_closed_terminal_goes_on(before: Any, number: int) -> None
         assert signal.getsignal(signal.SIGHUP) == before
     finally:
         signal.signal(signal.SIGHUP, own)
+
+
+@pytest.mark.parametrize("outlives", [True, False])
+def test_a_terminal_that_is_gone_takes_every_line(outlives: bool) -> None:
+    code = (
+        "import signal, sys, time\n"
+        "from qvl.ending_signals import outlive_terminal\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        f"outlive_terminal() if {outlives} else None\n"
+        "assert sys.stdout.isatty() and sys.stderr.isatty()\n"
+        "print('ready', flush=True)\n"
+        "for _ in range(20):\n"
+        "    time.sleep(0.1)\n"
+        "    print('a line', flush=True)\n"
+        "    print('another', file=sys.stderr)\n"
+    )
+    ours, its = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=its, stderr=its)
+    os.close(its)
+    assert os.read(ours, 5) == b"ready"
+    os.close(ours)
+    assert (process.wait(timeout=60) == 0) is outlives
